@@ -1,0 +1,192 @@
+"""The inner loop: many small trainings side by side, both sides of every antithetic pair.
+
+Owns the particles' state, episodes (start, horizon, end) and the inner step. Never perturbs theta and never turns
+losses into meta-gradients: that is the estimators'.
+
+Layout: n tasks make 2n particles; particle i is the + side of task i, particle n + i its - side. The two sides share
+initial parameters, horizon, dynamic configuration and every batch. All randomness is keyed by
+(key, what, task, episode or window), so that a window can be computed again anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lopt.base import LearnedOptimizer, Params, State, Theta
+from tasks import Dynamic, StaticConfig, TaskFamily, generator, losses, losses_and_grads
+
+Key = tuple[int | str, ...]
+
+
+@dataclass
+class Particles:
+    """Inner state of n tasks on both sides. Leaves of the dicts are (2n, ...), the counters (n,) int64.
+
+    ``ends`` is the inner step at which the episode is over: the horizon, or less in the first, staggered episode.
+    A task that is ``over`` starts its next episode with its next step, under the theta of that step.
+    """
+
+    params: Params
+    state: State
+    dynamic: Dynamic
+    inner_step: Tensor
+    horizon: Tensor
+    ends: Tensor
+    episode: Tensor
+    over: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything as one flat dict, for a checkpoint."""
+        flat = {f"{part}:{name}": leaf for part in _DICTS for name, leaf in getattr(self, part).items()}
+        return flat | {name: getattr(self, name) for name in _COUNTERS}
+
+    @classmethod
+    def from_tensors(cls, flat: dict[str, Tensor]) -> Particles:
+        """The inverse of ``tensors``; entries that are not particles' are ignored."""
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in _DICTS}
+        for key, leaf in flat.items():
+            part, _, name = key.partition(":")
+            if part in parts and name:
+                parts[part][name] = leaf.clone()
+        return cls(**parts, **{name: flat[name].clone() for name in _COUNTERS})  # type: ignore[arg-type]
+
+
+_DICTS = ("params", "state", "dynamic")
+_COUNTERS = ("inner_step", "horizon", "ends", "episode", "over")
+
+
+class Episode(NamedTuple):
+    """What one episode of one task starts with: declared horizon, actual end, dynamic configuration, parameters."""
+
+    horizon: int
+    end: int
+    dynamic: Dynamic
+    params: Params
+
+
+class Window(NamedTuple):
+    """Meta-losses (W, 2n) of W inner steps, each before its update, and where episodes ended (W, n) bool."""
+
+    losses: Tensor
+    done: Tensor
+
+
+class Unroll:
+    """Inner training of one task family under many thetas.
+
+    ``horizon`` is (low, high): lengths of episodes are log-uniform on it. ``key`` names this unroll's randomness.
+    """
+
+    def __init__(
+        self,
+        family: TaskFamily,
+        static: StaticConfig,
+        lopt: LearnedOptimizer,
+        num_tasks: int,
+        horizon: tuple[int, int],
+        key: Key,
+    ) -> None:
+        self.family, self.static, self.lopt, self.key = family, static, lopt, key
+        self.task = family.build(static)
+        self.num_tasks, self.horizon = num_tasks, horizon
+
+    def start(self, episode: int = 0) -> Particles:
+        """Particles before the given episode: the previous one is over, so that the first step begins it."""
+        zeros = torch.zeros(self.num_tasks, dtype=torch.int64)
+        over = torch.ones(self.num_tasks, dtype=torch.bool)
+        return Particles({}, {}, {}, zeros, zeros.clone(), zeros.clone(), zeros + episode - 1, over)
+
+    def run(self, theta: Theta, particles: Particles, steps: int, window: int, length: int | None = None) -> Window:
+        """``steps`` inner steps of all particles, in place; theta leaves are (2n, ...).
+
+        ``window`` counts the calls and names their batches. Episodes are ``length`` long; where that is None, each
+        draws its horizon, and the first one of each task ends after a uniform part of it, so that the tasks' resets
+        do not coincide.
+        """
+        batches = generator(*self.key, "batches", window)
+        losses, done = [], []
+        for _ in range(steps):
+            self._begin_episodes(theta, particles, length)
+            losses.append(self._inner_step(theta, particles, batches))
+            particles.over = particles.inner_step >= particles.ends
+            done.append(particles.over)
+        return Window(torch.stack(losses), torch.stack(done))
+
+    def final_losses(self, particles: Particles, window: int, num_batches: int) -> Tensor:
+        """Mean meta-loss (2n,) of the parameters as they are, over fresh training batches."""
+        batches = generator(*self.key, "final", window)
+        total = torch.zeros(2 * self.num_tasks)
+        for _ in range(num_batches):
+            batch = self._batch(batches)
+            raw = losses(self.family, self.static, particles.dynamic, particles.params, batch)
+            total += self.task.normalizer(raw)
+        return total / num_batches
+
+    def _inner_step(self, theta: Theta, particles: Particles, batches: torch.Generator) -> Tensor:
+        batch = self._batch(batches)
+        raw, grads = losses_and_grads(self.family, self.static, particles.dynamic, particles.params, batch)
+        with torch.no_grad():
+            particles.params, particles.state = self.lopt.update_particles(
+                theta, particles.state, particles.params, grads, raw
+            )
+        particles.inner_step = particles.inner_step + 1
+        return self.task.normalizer(raw)
+
+    def _batch(self, batches: torch.Generator) -> dict[str, Tensor]:
+        one_side = self.task.datasets.train.sample(batches, (self.num_tasks, self.task.batch_size))
+        return {name: torch.cat([leaf, leaf]) for name, leaf in one_side.items()}
+
+    def _begin_episodes(self, theta: Theta, particles: Particles, length: int | None) -> None:
+        starting = particles.over.nonzero().flatten()
+        if not len(starting):
+            return
+        particles.episode[starting] += 1
+        episodes = [self._draw_episode(int(i), int(particles.episode[i]), length) for i in starting]
+        particles.inner_step[starting] = 0
+        particles.horizon[starting] = torch.tensor([episode.horizon for episode in episodes])
+        particles.ends[starting] = torch.tensor([episode.end for episode in episodes])
+
+        rows = torch.cat([starting, starting + self.num_tasks])
+        fresh = _both_sides([episode.params for episode in episodes])
+        dynamic = _both_sides([episode.dynamic for episode in episodes])
+        state = self.lopt.init_particles(
+            {name: leaf[rows] for name, leaf in theta.items()}, fresh, particles.horizon[starting].repeat(2)
+        )
+        particles.params = _write_rows(particles.params, fresh, rows, 2 * self.num_tasks)
+        particles.dynamic = _write_rows(particles.dynamic, dynamic, rows, 2 * self.num_tasks)
+        particles.state = _write_rows(particles.state, state, rows, 2 * self.num_tasks)
+
+    def _draw_episode(self, task: int, episode: int, length: int | None) -> Episode:
+        draws = generator(*self.key, "episode", task, episode)
+        horizon = log_uniform(self.horizon, draws) if length is None else length
+        staggered = episode == 0 and length is None
+        end = int(torch.randint(1, horizon + 1, (), generator=draws)) if staggered else horizon
+        dynamic = {name: leaf[0] for name, leaf in self.family.sample_dynamic(draws, 1).items()}
+        return Episode(horizon, end, dynamic, self.family.build(self.static, dynamic).init(draws))
+
+
+def log_uniform(bounds: tuple[int, int], draws: torch.Generator) -> int:
+    """An integer, log-uniform on [low, high], both included."""
+    low, high = math.log(bounds[0]), math.log(bounds[1] + 1)
+    value = math.exp(low + (high - low) * float(torch.rand((), generator=draws, dtype=torch.float64)))
+    return min(int(value), bounds[1])
+
+
+def _both_sides(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """k rows of single tasks as (2k, ...): the + sides, then the - sides with the same content."""
+    return {name: torch.stack([row[name] for row in rows] * 2) for name in rows[0]}
+
+
+def _write_rows(old: dict[str, Tensor], new: dict[str, Tensor], rows: Tensor, total: int) -> dict[str, Tensor]:
+    """``old`` with ``rows`` replaced by ``new``; where ``old`` is empty, ``new`` defines what there is."""
+    result = {}
+    for name, leaf in new.items():
+        target = old[name] if name in old else leaf.new_zeros(total, *leaf.shape[1:])
+        # written into a copy: the update rule may have returned a tensor that it shares with something else
+        result[name] = target.index_copy(0, rows, leaf)
+    return result
