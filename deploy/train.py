@@ -1,0 +1,119 @@
+"""``paceline train``: preflight, launch, supervise, hand over.
+
+Owns the order of these steps and what is printed at the end. Every fault that the user can mend leaves as one
+paragraph and exit code 1, with nothing left running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from pathlib import Path
+
+from rich.console import Console
+
+import tasks
+from configs.schema import Config
+from deploy import cluster, control_server, credentials
+from deploy.config import to_yaml
+from deploy.panel import StatusDisplay
+from deploy.results import export_optimizer, score_all, usage, write_report
+from deploy.run import Run
+from deploy.status import StatusSnapshot
+from learner.actor import build_lopt, initial_theta
+from learner.checkpoints import CheckpointStore
+
+TARGETS = "paceline-targets.json"
+
+
+def preflight(config: Config) -> CheckpointStore:
+    """Find what is wrong before anything is started: the store, the data, the optimizer to start from.
+
+    Raises ``StoreError``, ``tasks.DataError``, ``lopt.CheckpointError`` or ``ConfigError``.
+    """
+    store = CheckpointStore(config.storage.root, config.run.name, config.storage.options)
+    store.check()
+    initial_theta(build_lopt(config), config)
+    for name, family in config.task.families.items():
+        tasks.build_family(name, family, config.task.data)
+    for name, task in config.evaluation.tasks.items():
+        tasks.build_family(name, task.family, config.task.data)
+    return store
+
+
+def train(config: Config, console: Console) -> int:
+    """Run to the end; returns the exit code (130 after Ctrl-C)."""
+    store = preflight(config)
+    return asyncio.run(_train(config, store, console))
+
+
+async def _train(config: Config, store: CheckpointStore, console: Console) -> int:
+    directory = Path(config.run.log_dir) / config.run.name
+    directory.mkdir(parents=True, exist_ok=True)
+    with StatusDisplay(console) as display:
+        async with cluster.connected(config.cluster, config.run.name):
+            run = Run(config, lambda status: _publish(directory, status, display))
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, run.interrupted.set)
+            run.start()
+            await run.wait_until_held()
+            (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            server, port = await control_server.start(
+                run,
+                config.cluster.control_host,
+                config.cluster.control_port,
+                credentials.create(directory / "control", config.cluster.control_host),
+            )
+            control_server.announce(directory, config.run.name, config.cluster.control_host, port)
+            try:
+                outcome = await run.supervise()
+                await run.finish(evaluate=outcome in ("finished", "time is up"))
+            finally:
+                control_server.withdraw(directory)
+                await server.stop()
+    _hand_over(config, store, outcome, console)
+    if run.chief_status is not None:
+        for problem in filter(None, [*run.chief_status.dead, run.chief_status.problem]):
+            console.print(f"not evaluated: {problem}", style="yellow", markup=False, soft_wrap=True)
+    return 130 if outcome == "interrupted" else 0
+
+
+def _publish(directory: Path, status: StatusSnapshot, display: StatusDisplay) -> None:
+    """Show the status, and tell Prometheus where the ports are when they change."""
+    display.show(status)
+    ports = {"learner": status.learner_metrics_port, "evaluator": status.evaluator_metrics_port}
+    targets = [
+        {"targets": [f"127.0.0.1:{port}"], "labels": {"run": status.run, "room": room}}
+        for room, port in ports.items()
+        if port
+    ]
+    path, text = directory / TARGETS, json.dumps(targets, indent=2)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def _hand_over(config: Config, store: CheckpointStore, outcome: str, console: Console) -> None:
+    """The closing words: checkpoint, scores, report, and how to use the result."""
+    checkpoint = store.latest()
+    if checkpoint is None:
+        console.print(f"{outcome} before the first checkpoint: nothing to hand over")
+        return
+    optimizer = export_optimizer(config, store, checkpoint)
+    report = write_report(config, store, checkpoint, outcome, optimizer)
+    scored = score_all(config, store)
+    console.print(f"\n[bold]{outcome}[/bold] after meta-step {checkpoint.version} of {config.run.meta_steps}")
+    console.print(f"checkpoint  {config.storage.root}/{config.run.name}/manifests/{checkpoint.name}.json")
+    if 0 in scored and max(scored) > 0:
+        newest = max(scored)
+        console.print(f"scores      on tasks it never saw, tuned Adam = 1, more is better (version {newest}):")
+        for label, version in (("untrained", 0), ("trained", newest)):
+            both = scored[version][0]
+            console.print(
+                f"            {label:9}  final loss IQM {both.final_loss.iqm:.3f}   speed-up IQM {both.speedup.iqm:.3f}"
+                f"   optimality gap {both.final_loss.optimality_gap:.3f}"
+            )
+    console.print(f"report      {report}", soft_wrap=True)
+    if outcome in ("interrupted", "stopped"):
+        console.print("the same command continues from here")
+    console.print(f"\n{usage(optimizer)}", highlight=False, markup=False, soft_wrap=True)

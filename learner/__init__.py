@@ -1,0 +1,1 @@
+"""Keeps theta: filters and aggregates meta-gradients, takes meta-steps, checkpoints."""

@@ -1,0 +1,433 @@
+"""The learner as a Ray actor: the core, its checkpoints, its diary and its metrics behind a few calls.
+
+Owns the order of things: restore, serve, step, save. Holds nothing that cannot be rebuilt from object storage, so
+that Ray may restart it at any moment. Decides nothing that ``core`` can decide.
+
+A fault that the user can mend (the store, the data, another architecture) becomes ``failure`` in the status instead
+of a dead actor, so that its text reaches the user.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import importlib.metadata
+import os
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.torch
+import torch
+
+import lopt
+from configs.schema import Config, ConfigError
+from learner.checkpoints import Checkpoint, CheckpointStore, DamagedCheckpointError, FencedError, Owner, StoreError
+from learner.core import OTHER_FAMILY, REASONS, LearnerCore, MetaStepError, Verdict
+from learner.journal import Journal
+from learner.metrics import LearnerMetrics, LearnerSnapshot
+from learner.progress import Progress
+
+RENEW_SECONDS = 4.0
+POLL_SECONDS = 5.0
+"""How long ``fetch`` waits for news before it says that there are none."""
+MAX_FAILED_SAVES = 5
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """What a worker that joins gets: theta's frozen parts, where in the run it stands, and (synchronous runs) the
+    state its predecessor of the same name left behind, with the version that state was last used at."""
+
+    incarnation: int
+    theta: dict[str, npt.NDArray[np.float32]]
+    snapshot: bytes | None
+    after: int
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The current theta (flat, fp32 (D,)); without it: ``leave`` says why to stop, otherwise ask again."""
+
+    incarnation: int
+    version: int
+    flat: npt.NDArray[np.float32] | None = None
+    leave: str | None = None
+
+
+@dataclass(frozen=True)
+class PoolCounts:
+    """Workers wanted, alive and replaced so far; the launcher's numbers, exported with the learner's."""
+
+    desired: int = 0
+    alive: int = 0
+    replaced: int = 0
+
+
+@dataclass(frozen=True)
+class LearnerStatus:
+    """What the learner knows about the run at one instant."""
+
+    incarnation: int
+    version: int
+    paused: bool
+    finished: bool
+    failure: str | None
+    books: dict[str, dict[str, Any]]
+    balanced: bool
+    meta_loss: float | None
+    meta_gradients_per_second: float
+    mean_staleness: float
+    inner_steps: int
+    checkpoint: tuple[str, int] | None
+    metrics_port: int
+    resumed_from: int | None
+    damaged: list[str] = field(default_factory=list)
+
+
+class Learner:
+    """See the module. Construct it as a named Ray actor with a finite ``max_restarts``; all methods are coroutines.
+
+    ``launch`` is the same for all lives of one ``paceline train``, so that a restarted actor takes its lease back.
+    """
+
+    def __init__(self, config: Config, config_yaml: str, launch: str) -> None:
+        torch.set_num_threads(1)
+        self.config, self.config_yaml = config, config_yaml
+        self.failure: str | None = None
+        self._changed = asyncio.Condition()
+        self._saving = asyncio.Lock()
+        self._background: asyncio.Task[None] | None = None
+        self._leaving: dict[str, str] = {}
+        self._snapshots: dict[str, tuple[int, bytes]] = {}
+        self._paused = self._finished = False
+        self._stop_reason: str | None = None
+        self._checkpoint: Checkpoint | None = None
+        self._checkpoints = self._failed_saves = 0
+        self._checkpoint_time = float("nan")
+        self._resumed_from: int | None = None
+        self._damaged: list[str] = []
+        self._pool = PoolCounts()
+        self._progress = Progress()
+        self._metrics_port = 0
+        try:
+            self._restore(launch)
+        except (StoreError, ConfigError, lopt.CheckpointError, lopt.ThetaError) as error:
+            self.failure = str(error)
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    def _restore(self, launch: str) -> None:
+        config = self.config
+        rule = build_lopt(config)
+        self._store = CheckpointStore(config.storage.root, config.run.name, config.storage.options)
+        self._lease = self._store.acquire(Owner(launch, socket.gethostname(), os.getpid()), time.time())
+        checkpoint = self._store.latest()
+        self._damaged = self._store.damaged_found
+        families = list(config.task.families)
+        theta = initial_theta(rule, config) if checkpoint is None else self._read_theta(rule, checkpoint)
+        self.core = LearnerCore(
+            rule,
+            theta,
+            config.meta_optimizer,
+            run=config.run.name,
+            incarnation=self._lease.incarnation,
+            families=families,
+            ordered=config.run.mode == "sync",
+        )
+        if checkpoint is not None:
+            self._read_state(theta, checkpoint)
+        self._finished = self.core.version >= config.run.meta_steps
+        self._journal = Journal(Path(config.run.log_dir) / config.run.name)
+        self._metrics = LearnerMetrics(self._snapshot_metrics, [*families, OTHER_FAMILY], REASONS)
+        self._metrics_port = self._metrics.serve(config.cluster.learner_metrics_port)
+
+    def _read_theta(self, rule: lopt.LearnedOptimizer, checkpoint: Checkpoint) -> lopt.Theta:
+        found, theta, _ = lopt.decode(self._store.read(checkpoint, "theta"))
+        if found.name != rule.name or found.spec.digest != rule.spec.digest or found.arguments != rule.arguments:
+            raise ConfigError(
+                "lopt",
+                f"{rule.name} {rule.arguments}",
+                f"{found.name} {found.arguments}, which the run's checkpoint {checkpoint.name} is of "
+                "(choose another run.name, or start from it with lopt.init_from)",
+            )
+        return theta
+
+    def _read_state(self, theta: lopt.Theta, checkpoint: Checkpoint) -> None:
+        tensors = safetensors.torch.load(self._store.read(checkpoint, "learner"))
+        try:
+            self.core.restore(theta, tensors, checkpoint.meta["learner"])
+            after: dict[str, int] = checkpoint.meta["workers"]
+        except (KeyError, TypeError) as error:
+            raise DamagedCheckpointError(f"checkpoint {checkpoint.name}: damaged meta field {error}") from error
+        self._snapshots = {
+            worker: (version, self._store.read(checkpoint, f"worker-{worker}")) for worker, version in after.items()
+        }
+        self._checkpoint, self._resumed_from = checkpoint, checkpoint.version
+
+    async def _ensure_background(self) -> None:
+        if self._background is None and self.failure is None:
+            self._background = asyncio.create_task(self._keep_lease())
+            if self._checkpoint is None:
+                await self._save()  # version 0: the untrained start that evaluations compare with
+
+    async def _keep_lease(self) -> None:
+        while self.failure is None:
+            await asyncio.sleep(RENEW_SECONDS)
+            async with self._saving:
+                try:
+                    self._lease = await asyncio.to_thread(self._store.renew, self._lease, time.time())
+                except FencedError as error:
+                    self.failure = str(error)
+                except StoreError:
+                    continue  # the lease outlives several missed renewals; a save that fails is counted there
+
+    # -- workers ------------------------------------------------------------------------------------------------
+
+    async def join(self, worker: str) -> Ticket:
+        """Everything a worker needs before its first estimate."""
+        await self._ensure_background()
+        if self.failure is not None:
+            return Ticket(0, {}, None, -1)
+        after, snapshot = self._snapshots.get(worker, (-1, None))
+        theta = {name: leaf.numpy() for name, leaf in self.core.theta.items()}
+        return Ticket(self.core.incarnation, theta, snapshot, after)
+
+    async def fetch(self, worker: str, after: int) -> Weights:
+        """The current theta; in synchronous runs only once the version is later than ``after``."""
+        await self._ensure_background()
+        deadline = time.monotonic() + POLL_SECONDS
+        async with self._changed:
+            while True:
+                leave = self._why_leave(worker)
+                if leave is not None:
+                    return Weights(0, 0, leave=leave)
+                version, incarnation = self.core.version, self.core.incarnation
+                fresh = self.config.run.mode == "async" or version > after
+                if fresh and not self._paused:
+                    flat = self.core.lopt.spec.flatten(self.core.theta).numpy()
+                    return Weights(incarnation, version, flat=flat)
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    return Weights(incarnation, version)
+                try:
+                    await asyncio.wait_for(self._changed.wait(), remaining)
+                except TimeoutError:
+                    return Weights(incarnation, version)
+
+    def _why_leave(self, worker: str) -> str | None:
+        if self.failure is not None:
+            return "the learner has failed"
+        if self._finished or self._stop_reason is not None:
+            return self._stop_reason or "the run is finished"
+        return self._leaving.get(worker)
+
+    async def submit(self, gradient: lopt.MetaGradient, snapshot: bytes | None) -> Verdict | None:
+        """Judge a meta-gradient and step if it was the last one needed. None if the learner has failed."""
+        if self.failure is not None or self._finished:
+            return None
+        verdict = self.core.submit(gradient)
+        staleness = self.core.version - gradient.version
+        if verdict in (Verdict.ACCEPTED, Verdict.STALE):
+            self._metrics.staleness.observe(staleness)
+        if verdict is Verdict.ACCEPTED:
+            self._progress.accepted(gradient, staleness, time.monotonic())
+            if snapshot is not None:
+                self._snapshots[gradient.worker] = (gradient.version, snapshot)
+        if self.core.ready():
+            await self._step()
+        return verdict
+
+    async def _step(self) -> None:
+        try:
+            version = self.core.step()
+        except MetaStepError as error:
+            self.failure = str(error)
+            return
+        self._journal.write(version, time.time(), self._record() | self._progress.stepped())
+        finished = version >= self.config.run.meta_steps
+        due = finished or version % self.config.storage.every == 0
+        if due:
+            await self._save()
+        self._finished = self._finished or finished
+        await self._announce()
+
+    async def _announce(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    # -- control ------------------------------------------------------------------------------------------------
+
+    async def pause(self) -> None:
+        """Give out no more theta until ``resume``; what workers are computing is still taken."""
+        self._paused = True
+        await self._announce()
+
+    async def resume(self) -> None:
+        """Undo ``pause``."""
+        self._paused = False
+        await self._announce()
+
+    async def drain(self, worker: str) -> None:
+        """Send this worker away with its next ``fetch``."""
+        self._leaving[worker] = "scaled down"
+        await self._announce()
+
+    async def checkpoint(self) -> tuple[str, int]:
+        """Save the present state and return its name and version."""
+        if self._checkpoint is None or self._checkpoint.version != self.core.version:
+            await self._save()
+        if self._checkpoint is None or self.failure is not None:
+            raise StoreError(self.failure or "no checkpoint could be saved")
+        return self._checkpoint.name, self._checkpoint.version
+
+    async def stop(self, reason: str) -> int:
+        """End the run here: send all workers away, save, release the lease. Returns the version."""
+        self._stop_reason = reason
+        await self._announce()
+        if self.failure is not None:
+            return -1
+        await self.checkpoint()
+        return self.core.version
+
+    async def close(self) -> None:
+        """Let go of everything; the last call. A failed learner has nothing left to let go of but its port."""
+        if self._background is not None:
+            self._background.cancel()
+        if self._metrics_port:
+            await asyncio.to_thread(self._metrics.close)
+            self._journal.close()
+        if self.failure is None:
+            async with self._saving:
+                await asyncio.to_thread(self._store.release, self._lease)
+
+    async def status(self, pool: PoolCounts) -> LearnerStatus:
+        """The run at this instant; ``pool`` is what the launcher knows."""
+        await self._ensure_background()
+        self._pool = pool
+        if not hasattr(self, "core"):
+            return LearnerStatus(0, 0, False, False, self.failure, {}, True, None, 0.0, 0.0, 0, None, 0, None)
+        checkpoint = self._checkpoint
+        return LearnerStatus(
+            incarnation=self.core.incarnation,
+            version=self.core.version,
+            paused=self._paused,
+            finished=self._finished,
+            failure=self.failure,
+            books=self._books(),
+            balanced=self.core.balanced(),
+            meta_loss=self._progress.mean_meta_loss(),
+            meta_gradients_per_second=self._progress.rate(time.monotonic()),
+            mean_staleness=self._progress.mean_staleness(),
+            inner_steps=self.core.inner_steps,
+            checkpoint=(checkpoint.name, checkpoint.version) if checkpoint else None,
+            metrics_port=self._metrics_port,
+            resumed_from=self._resumed_from,
+            damaged=self._damaged,
+        )
+
+    # -- what is written down -----------------------------------------------------------------------------------
+
+    async def _save(self) -> None:
+        """A checkpoint of this instant. Failures are counted; too many in a row end the run."""
+        version = self.core.version
+        blobs, meta = self._capture()
+        async with self._saving:
+            if self._checkpoint is not None and self._checkpoint.version >= version:
+                return  # another call saved this version, or a later one, while this one waited
+            start = time.perf_counter()
+            try:
+                self._checkpoint = await asyncio.to_thread(self._store.save, self._lease, version, blobs, meta)
+                await asyncio.to_thread(self._retain, version)
+            except FencedError as error:
+                self.failure = str(error)
+                return
+            except StoreError as error:
+                self._failed_saves += 1
+                if self._failed_saves >= MAX_FAILED_SAVES:
+                    self.failure = f"{self._failed_saves} checkpoints in a row could not be saved: {error}"
+                return
+            self._failed_saves = 0
+            self._checkpoints += 1
+            self._checkpoint_time = time.time()
+            self._metrics.checkpoint_seconds.observe(time.perf_counter() - start)
+
+    def _retain(self, version: int) -> None:
+        storage = self.config.storage
+        scored = range(0, version + 1, self.config.evaluation.every) if self.config.evaluation.tasks else ()
+        self._store.retain(storage.keep_last, storage.keep_every, scored)
+
+    def _capture(self) -> tuple[dict[str, bytes], dict[str, Any]]:
+        """Blobs and meta of a checkpoint; taken without waiting, so that they belong to one instant."""
+        tensors, record = self.core.state()
+        provenance = {"run": self.config.run.name, "version": self.core.version, "config": self.config_yaml}
+        blobs = {
+            "theta": lopt.encode(self.core.lopt, self.core.theta, provenance),
+            "learner": safetensors.torch.save(tensors),
+        } | {f"worker-{worker}": snapshot for worker, (_, snapshot) in self._snapshots.items()}
+        meta = {
+            "config": self.config_yaml,
+            "learner": record,
+            "workers": {worker: version for worker, (version, _) in self._snapshots.items()},
+            "versions": {"paceline": importlib.metadata.version("paceline"), "torch": torch.__version__},
+        }
+        return blobs, meta
+
+    def _record(self) -> dict[str, Any]:
+        """The learner's own part of one diary line."""
+        accounts = self.core.books.values()
+        return {
+            "incarnation": self.core.incarnation,
+            "update_norm": self.core.update_norm,
+            "inner_steps": self.core.inner_steps,
+            "meta_gradients_per_second": self._progress.rate(time.monotonic()),
+            "workers": {"desired": self._pool.desired, "alive": self._pool.alive, "replaced": self._pool.replaced},
+            "received": sum(account.received for account in accounts),
+            "applied": sum(account.applied for account in accounts),
+            "dropped": {reason: sum(account.dropped[reason] for account in accounts) for reason in REASONS},
+        }
+
+    def _books(self) -> dict[str, dict[str, Any]]:
+        return {family: dataclasses.asdict(account) for family, account in self.core.books.items()}
+
+    def _snapshot_metrics(self) -> LearnerSnapshot:
+        books = self._books()
+        return LearnerSnapshot(
+            version=self.core.version,
+            incarnation=self.core.incarnation,
+            received={family: account["received"] for family, account in books.items()},
+            applied={family: account["applied"] for family, account in books.items()},
+            dropped={(family, reason): n for family, a in books.items() for reason, n in a["dropped"].items()},
+            waiting=sum(account["waiting"] for account in books.values()),
+            inner_steps=self._progress.inner_steps,
+            estimate_seconds=self._progress.seconds,
+            meta_loss=self._progress.meta_loss,
+            meta_gradient_norm=self._progress.norms,
+            update_norm=self.core.update_norm,
+            workers_desired=self._pool.desired,
+            workers_alive=self._pool.alive,
+            workers_replaced=self._pool.replaced,
+            checkpoints=self._checkpoints,
+            checkpoint_timestamp=self._checkpoint_time,
+            paused=self._paused,
+        )
+
+
+def build_lopt(config: Config) -> lopt.LearnedOptimizer:
+    """The learned optimizer that ``config`` names."""
+    chosen = {"phase": config.lopt.phase, "hidden_size": config.lopt.hidden_size}
+    return lopt.build(config.lopt.name, **{name: value for name, value in chosen.items() if value is not None})
+
+
+def initial_theta(rule: lopt.LearnedOptimizer, config: Config) -> lopt.Theta:
+    """Fresh meta-parameters from the run's seed, or those of ``lopt.init_from`` (another phase's, say)."""
+    if config.lopt.init_from is None:
+        return rule.init_theta(torch.Generator().manual_seed(config.run.seed))
+    found, theta, _ = lopt.read(config.lopt.init_from)
+    if found.name != rule.name or found.spec.digest != rule.spec.digest:
+        raise ConfigError("lopt.init_from", config.lopt.init_from, f"a checkpoint of {rule.name}, found {found.name}")
+    return theta

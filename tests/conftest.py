@@ -1,0 +1,6 @@
+"""Settings of all tests: the real S3 server's fixture, and one thread, because many small tensors gain nothing from two."""
+
+import torch
+
+pytest_plugins = ["tests.seaweed"]
+torch.set_num_threads(1)
