@@ -128,6 +128,11 @@ class Learner:
         self._lease = self._store.acquire(Owner(launch, socket.gethostname(), os.getpid()), time.time())
         checkpoint = self._store.latest()
         self._damaged = self._store.damaged_found
+        if checkpoint is None and self._damaged:
+            raise DamagedCheckpointError(
+                f"no checkpoint of run {config.run.name!r} is intact; restore one or choose another run.name: "
+                + "; ".join(self._damaged[:3])
+            )
         families = list(config.task.families)
         theta = initial_theta(rule, config) if checkpoint is None else self._read_theta(rule, checkpoint)
         self.core = LearnerCore(

@@ -152,12 +152,12 @@ class CheckpointStore:
         self._rewrite_lease(lease, replace(lease, released=True))
 
     def _rewrite_lease(self, lease: Lease, wanted: Lease) -> Lease:
-        tag = self._assert_held(lease)
-        if not self._storage.swap(LEASE, tag, encode_lease(wanted)):
-            self._assert_held(lease)
-            raise FencedError(f"lease of run {self.run!r}: renewed or released by two threads at once")
-        self._lease = None if wanted.released else wanted
-        return wanted
+        for _ in range(5):  # another thread of this learner may be renewing it right now
+            tag = self._assert_held(lease)
+            if self._storage.swap(LEASE, tag, encode_lease(wanted)):
+                self._lease = None if wanted.released else wanted
+                return wanted
+        raise StoreError(f"run {self.run!r}: {LEASE} changed five times while it was being written")
 
     def _read_lease(self) -> tuple[Lease | None, str | None]:
         found = self._storage.read_tagged(LEASE)

@@ -79,6 +79,9 @@ class SeaweedServer:
         """SIGKILL, as a power cut would."""
         self._process.kill()
         self._process.wait(timeout=30)
+        for port in self._ports.values():  # where it listens besides, whatever its working directory
+            for socket_file in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                socket_file.unlink()
 
     def _wait_until_ready(self) -> None:
         client = botocore.session.get_session().create_client(

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from s3fs import S3FileSystem
@@ -106,7 +107,26 @@ def test_a_missing_bucket_is_named(seaweed: SeaweedServer) -> None:
         f"s3://no-such-bucket/runs/run: no bucket 'no-such-bucket' at {seaweed.endpoint}; create it first"
     )
     with pytest.raises(StoreError, match="no bucket 'no-such-bucket'"):
-        CheckpointStore("s3://no-such-bucket", "run", seaweed.options).latest()
+        CheckpointStore("s3://no-such-bucket", "run", seaweed.options).read_file("results/x")
+
+
+@pytest.mark.s3
+def test_a_write_whose_answer_was_lost_and_that_is_repeated_counts_as_done(
+    seaweed: SeaweedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(seaweed.root, "lost-answers", seaweed.options)
+    call = store._storage._call
+
+    def twice(method: str, **arguments: Any) -> Any:  # as botocore does when the first answer does not arrive
+        if method == "put_object":
+            call(method, **arguments)
+        return call(method, **arguments)
+
+    monkeypatch.setattr(store._storage, "_call", twice)
+    lease = store.renew(store.acquire(owner(), NOW), NOW + 1)
+    saved = save(store, lease, 1, 2)
+    store.release(lease)
+    assert CheckpointStore(seaweed.root, "lost-answers", seaweed.options).latest() == saved
 
 
 @pytest.mark.s3

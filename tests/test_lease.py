@@ -32,6 +32,20 @@ def test_a_lease_that_was_taken_over_can_be_neither_renewed_nor_released(place: 
         store.retain(1, 1, [])
 
 
+def test_releasing_while_another_thread_renews_is_not_mistaken_for_a_takeover(place: Place, run: Any) -> None:
+    store, lease = run
+    swap, left = store._storage.swap, [1]
+
+    def meanwhile(path: str, tag: str | None, data: bytes) -> bool:
+        if left.pop() if left else 0:
+            store.renew(lease, NOW + 1)
+        return bool(swap(path, tag, data))
+
+    store._storage.swap = meanwhile
+    store.release(lease)
+    assert CheckpointStore(*place).acquire(owner("another launch"), NOW + 2).incarnation == 2
+
+
 def test_a_run_with_a_live_owner_is_refused_and_says_who_holds_it(place: Place, run: Any) -> None:
     store, lease = run
     store.renew(lease, NOW + 10)
