@@ -124,11 +124,22 @@ class Run:
 
     async def _ask_learner(self) -> LearnerStatus:
         counts = PoolCounts(self.pool.desired, self.pool.alive, self.pool.replaced)
-        self.learner_status = await self._patiently("learner", lambda: self.learner.status.remote(counts))
-        return self.learner_status
+        before = self.learner_status
+        status: LearnerStatus = await self._patiently("learner", lambda: self.learner.status.remote(counts))
+        self.learner_status = status
+        if before is not None and before.incarnation != status.incarnation:
+            await self._remind_learner()
+        return status
+
+    async def _remind_learner(self) -> None:
+        """A restarted learner does not know what its operator had asked for."""
+        if self.state is RunState.PAUSED:
+            await self._patiently("learner", lambda: self.learner.pause.remote())
+        for member in self.pool.leaving:
+            self._drain_worker(member)
 
     async def _ask_chief(self) -> ChiefStatus:
-        status: ChiefStatus = await self._patiently("evaluator's chief", lambda: self.chief.status.remote())
+        status: ChiefStatus = await self._patiently("evaluators' chief", lambda: self.chief.status.remote())
         return status
 
     async def _patiently(self, who: str, call: Callable[[], Any]) -> Any:
@@ -231,7 +242,7 @@ class Run:
         if evaluate and self.chief is not None and status is not None and status.checkpoint is not None:
             self.state = RunState.EVALUATING
             version = status.checkpoint[1]
-            await self._patiently("evaluator's chief", lambda: self.chief.finalize.remote(version))
+            await self._patiently("evaluators' chief", lambda: self.chief.finalize.remote(version))
             deadline = time.monotonic() + self.config.evaluation.final_seconds
             while time.monotonic() < deadline and not self.interrupted.is_set():
                 await self._tick()
@@ -251,7 +262,7 @@ class Run:
         """The run as the operator sees it."""
         learner, chief = self.learner_status, self.chief_status
         if learner is None:
-            learner = LearnerStatus(0, 0, False, False, None, {}, True, None, 0.0, 0.0, 0, None, 0, None)
+            learner = LearnerStatus()
         return StatusSnapshot(
             run=self.config.run.name,
             state=self.state,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import signal
 from pathlib import Path
 
@@ -45,6 +46,13 @@ def preflight(config: Config) -> CheckpointStore:
 def train(config: Config, console: Console) -> int:
     """Run to the end; returns the exit code (130 after Ctrl-C)."""
     store = preflight(config)
+    expected = math.ceil(config.cluster.num_workers / config.meta_optimizer.meta_batch)
+    if config.run.mode == "async" and config.meta_optimizer.max_staleness < expected:
+        console.print(
+            f"warning: {config.cluster.num_workers} workers make meta-gradients about {expected} versions stale, and "
+            f"meta_optimizer.max_staleness = {config.meta_optimizer.max_staleness} drops them: raise it or meta_batch",
+            style="yellow",
+        )
     return asyncio.run(_train(config, store, console))
 
 

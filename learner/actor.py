@@ -10,6 +10,7 @@ of a dead actor, so that its text reaches the user.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
@@ -36,6 +37,7 @@ RENEW_SECONDS = 4.0
 POLL_SECONDS = 5.0
 """How long ``fetch`` waits for news before it says that there are none."""
 MAX_FAILED_SAVES = 5
+RETRY_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -70,23 +72,19 @@ class PoolCounts:
 
 @dataclass(frozen=True)
 class LearnerStatus:
-    """What the learner knows about the run at one instant."""
+    """What the learner knows about the run at one instant; after a ``failure``, only that."""
 
-    incarnation: int
-    version: int
-    paused: bool
-    finished: bool
-    failure: str | None
-    books: dict[str, dict[str, Any]]
-    balanced: bool
-    meta_loss: float | None
-    meta_gradients_per_second: float
-    mean_staleness: float
-    inner_steps: int
-    checkpoint: tuple[str, int] | None
-    metrics_port: int
-    resumed_from: int | None
-    damaged: list[str] = field(default_factory=list)
+    incarnation: int = 0
+    version: int = 0
+    finished: bool = False
+    failure: str | None = None
+    books: dict[str, dict[str, Any]] = field(default_factory=dict)
+    balanced: bool = True
+    meta_loss: float | None = None
+    meta_gradients_per_second: float = 0.0
+    mean_staleness: float = 0.0
+    checkpoint: tuple[str, int] | None = None
+    metrics_port: int = 0
 
 
 class Learner:
@@ -109,8 +107,6 @@ class Learner:
         self._checkpoint: Checkpoint | None = None
         self._checkpoints = self._failed_saves = 0
         self._checkpoint_time = float("nan")
-        self._resumed_from: int | None = None
-        self._damaged: list[str] = []
         self._pool = PoolCounts()
         self._progress = Progress()
         self._metrics_port = 0
@@ -127,11 +123,10 @@ class Learner:
         self._store = CheckpointStore(config.storage.root, config.run.name, config.storage.options)
         self._lease = self._store.acquire(Owner(launch, socket.gethostname(), os.getpid()), time.time())
         checkpoint = self._store.latest()
-        self._damaged = self._store.damaged_found
-        if checkpoint is None and self._damaged:
+        if checkpoint is None and self._store.damaged_found:
             raise DamagedCheckpointError(
                 f"no checkpoint of run {config.run.name!r} is intact; restore one or choose another run.name: "
-                + "; ".join(self._damaged[:3])
+                + "; ".join(self._store.damaged_found[:3])
             )
         families = list(config.task.families)
         theta = initial_theta(rule, config) if checkpoint is None else self._read_theta(rule, checkpoint)
@@ -172,7 +167,7 @@ class Learner:
         self._snapshots = {
             worker: (version, self._store.read(checkpoint, f"worker-{worker}")) for worker, version in after.items()
         }
-        self._checkpoint, self._resumed_from = checkpoint, checkpoint.version
+        self._checkpoint = checkpoint
 
     async def _ensure_background(self) -> None:
         if self._background is None and self.failure is None:
@@ -255,8 +250,9 @@ class Learner:
             return
         self._journal.write(version, time.time(), self._record() | self._progress.stepped())
         finished = version >= self.config.run.meta_steps
-        due = finished or version % self.config.storage.every == 0
-        if due:
+        if finished:
+            await self._save_surely()
+        elif version % self.config.storage.every == 0:
             await self._save()
         self._finished = self._finished or finished
         await self._announce()
@@ -284,8 +280,7 @@ class Learner:
 
     async def checkpoint(self) -> tuple[str, int]:
         """Save the present state and return its name and version."""
-        if self._checkpoint is None or self._checkpoint.version != self.core.version:
-            await self._save()
+        await self._save_surely()
         if self._checkpoint is None or self.failure is not None:
             raise StoreError(self.failure or "no checkpoint could be saved")
         return self._checkpoint.name, self._checkpoint.version
@@ -308,34 +303,38 @@ class Learner:
             self._journal.close()
         if self.failure is None:
             async with self._saving:
-                await asyncio.to_thread(self._store.release, self._lease)
+                with contextlib.suppress(StoreError):  # a lease that cannot be released runs out by itself
+                    await asyncio.to_thread(self._store.release, self._lease)
 
     async def status(self, pool: PoolCounts) -> LearnerStatus:
         """The run at this instant; ``pool`` is what the launcher knows."""
         await self._ensure_background()
         self._pool = pool
-        if not hasattr(self, "core"):
-            return LearnerStatus(0, 0, False, False, self.failure, {}, True, None, 0.0, 0.0, 0, None, 0, None)
+        if self.failure is not None:
+            return LearnerStatus(failure=self.failure)
         checkpoint = self._checkpoint
         return LearnerStatus(
             incarnation=self.core.incarnation,
             version=self.core.version,
-            paused=self._paused,
             finished=self._finished,
-            failure=self.failure,
             books=self._books(),
             balanced=self.core.balanced(),
             meta_loss=self._progress.mean_meta_loss(),
             meta_gradients_per_second=self._progress.rate(time.monotonic()),
             mean_staleness=self._progress.mean_staleness(),
-            inner_steps=self.core.inner_steps,
             checkpoint=(checkpoint.name, checkpoint.version) if checkpoint else None,
             metrics_port=self._metrics_port,
-            resumed_from=self._resumed_from,
-            damaged=self._damaged,
         )
 
     # -- what is written down -----------------------------------------------------------------------------------
+
+    async def _save_surely(self) -> None:
+        """Save until it works or the run has failed."""
+        version = self.core.version
+        while self.failure is None and (self._checkpoint is None or self._checkpoint.version < version):
+            await self._save()
+            if self._failed_saves:
+                await asyncio.sleep(RETRY_SECONDS)
 
     async def _save(self) -> None:
         """A checkpoint of this instant. Failures are counted; too many in a row end the run."""

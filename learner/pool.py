@@ -68,6 +68,11 @@ class WorkerPool:
         """Workers that have been started, have not ended and are not leaving."""
         return len(self._members) - len(self._leaving)
 
+    @property
+    def leaving(self) -> list[Member]:
+        """Workers that have been asked to leave and have not ended yet."""
+        return [self._members[name] for name in sorted(self._leaving)]
+
     def scale(self, desired: int) -> None:
         """Change the desired number. Raises ``ValueError`` below 1 and in synchronous runs, whose number is fixed."""
         if desired < 1:

@@ -72,7 +72,8 @@ def _first_layer(weight: Tensor, bias: Tensor, blocks: Sequence[Tensor], shape: 
     out = bias.reshape(*bias.shape, *(1 for _ in shape[1:]))
     for inner, members in groups.items():
         x = torch.cat([blocks[i].flatten(2) for i in members], dim=1)
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + NORMALIZER_EPS)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.rsqrt(norm.square() / x.shape[-1] + NORMALIZER_EPS)
         scaled = (torch.cat([rows[i] for i in members], dim=1) * scale).transpose(1, 2)
         out = out + (scaled @ x).reshape(*bias.shape, *inner)
     return out.flatten(2)

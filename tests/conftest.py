@@ -1,4 +1,4 @@
-"""Settings of all tests: the real S3 server's fixture, and one thread, because many small tensors gain nothing from two."""
+"""Settings of all tests: the S3 server's fixture; one thread, because many small tensors gain nothing from two."""
 
 import torch
 

@@ -1,0 +1,37 @@
+"""A run whose store is a real S3 server: trained, killed, continued, evaluated."""
+
+import pytest
+
+from learner.checkpoints import CheckpointStore
+from tests.launch import TINY_EVALUATION, balanced, launched
+
+pytestmark = [pytest.mark.s3, pytest.mark.slow, pytest.mark.chaos]
+
+
+def test_a_run_on_s3_survives_its_death_and_is_evaluated(tmp_path, seaweed):
+    environment = {"AWS_ACCESS_KEY_ID": seaweed.access_key, "AWS_SECRET_ACCESS_KEY": seaweed.secret_key}
+    remote = [
+        f"storage.root={seaweed.root}/runs",
+        f"storage.options.endpoint_url={seaweed.endpoint}",
+        "run.meta_steps=60",
+        *TINY_EVALUATION,
+    ]
+    with launched(tmp_path, "remote", *remote, environment=environment) as launch:
+        launch.wait_for(lambda s: s.version >= 12 and s.checkpoint is not None, what="a checkpoint on S3")
+        launch.end()
+    store = CheckpointStore(f"{seaweed.root}/runs", "remote", seaweed.options)
+    saved = store.latest().version
+    assert 10 <= saved < 60
+
+    with launched(tmp_path, "remote", *remote, environment=environment) as launch:
+        status = launch.wait_for(lambda s: s.version > saved, what="meta-steps after the restart")
+        assert status.incarnation == 2
+        assert balanced(status)
+        assert launch.wait() == 0, launch.text
+        assert "speed-up IQM" in launch.text
+    final = store.latest()
+    assert final.version == 60
+    assert store.read_file("optimizer.safetensors") == store.read(final, "theta")
+    results = [path for path in store.list_files("results") if final.blobs["theta"].digest in path]
+    assert len(results) == 2
+    assert (tmp_path / "runs/remote/report.html").exists()
