@@ -79,6 +79,7 @@ async def _train(config: Config, store: CheckpointStore, console: Console) -> in
                 await run.finish(evaluate=outcome in ("finished", "time is up"))
             finally:
                 control_server.withdraw(directory)
+                (directory / TARGETS).write_text("[]")
                 await server.stop()
     _hand_over(config, store, outcome, console)
     if run.chief_status is not None:
