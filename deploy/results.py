@@ -51,7 +51,8 @@ def write_report(config: Config, store: CheckpointStore, checkpoint: Checkpoint,
     directory = Path(config.run.log_dir) / config.run.name
     journal = read_journal(directory / JOURNAL)
     scored = score_all(config, store)
-    books: dict[str, dict[str, Any]] = checkpoint.meta["learner"]["books"]
+    everything: dict[str, dict[str, Any]] = checkpoint.meta["learner"]["books"]
+    books = {family: account for family, account in everything.items() if account["received"]}
     data = ReportData(
         run=config.run.name,
         lopt=config.lopt.name + (f", phase {config.lopt.phase}" if config.lopt.phase else ""),
@@ -63,9 +64,9 @@ def write_report(config: Config, store: CheckpointStore, checkpoint: Checkpoint,
         workers_replaced=journal[-1]["workers"]["replaced"] if journal else 0,
         received={family: account["received"] for family, account in books.items()},
         applied={family: account["applied"] for family, account in books.items()},
-        dropped={family: account["dropped"] for family, account in books.items()},
+        dropped={family: _nonzero(account["dropped"]) for family, account in books.items()},
         waiting=sum(account["waiting"] for account in books.values()),
-        inner_steps={"all": checkpoint.meta["learner"]["inner_steps"]},
+        inner_steps={family: account["inner_steps"] for family, account in books.items()},
         meta_loss=_meta_loss(journal),
         scores={version: scores for version, (scores, _) in scored.items()},
         tasks=_task_panels(config, store, scored),
@@ -141,6 +142,10 @@ def _schedule(store: CheckpointStore, checkpoint: Checkpoint) -> dict[str, Serie
         state = schedule | {"iteration": state["iteration"] + 1}
         rates.append(float(rate))
     return {"falling losses": ([t / num_steps for t in range(num_steps)], rates)}
+
+
+def _nonzero(counts: dict[str, int]) -> dict[str, int]:
+    return {name: count for name, count in counts.items() if count}
 
 
 def _meta_loss(journal: list[dict[str, Any]]) -> dict[str, Series]:

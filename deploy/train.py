@@ -112,7 +112,9 @@ def _hand_over(config: Config, store: CheckpointStore, outcome: str, console: Co
     report = write_report(config, store, checkpoint, outcome, optimizer)
     scored = score_all(config, store)
     console.print(f"\n[bold]{outcome}[/bold] after meta-step {checkpoint.version} of {config.run.meta_steps}")
-    console.print(f"checkpoint  {config.storage.root}/{config.run.name}/manifests/{checkpoint.name}.json")
+    console.print(
+        f"checkpoint  {config.storage.root}/{config.run.name}/manifests/{checkpoint.name}.json", soft_wrap=True
+    )
     if 0 in scored and max(scored) > 0:
         newest = max(scored)
         console.print(f"scores      on tasks it never saw, tuned Adam = 1, more is better (version {newest}):")
@@ -120,7 +122,8 @@ def _hand_over(config: Config, store: CheckpointStore, outcome: str, console: Co
             both = scored[version][0]
             console.print(
                 f"            {label:9}  final loss IQM {both.final_loss.iqm:.3f}   speed-up IQM {both.speedup.iqm:.3f}"
-                f"   optimality gap {both.final_loss.optimality_gap:.3f}"
+                f"   optimality gap {both.final_loss.optimality_gap:.3f}",
+                soft_wrap=True,
             )
     console.print(f"report      {report}", soft_wrap=True)
     if outcome in ("interrupted", "stopped"):

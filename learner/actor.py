@@ -387,7 +387,7 @@ class Learner:
         return {
             "incarnation": self.core.incarnation,
             "update_norm": self.core.update_norm,
-            "inner_steps": self.core.inner_steps,
+            "inner_steps": sum(account.inner_steps for account in accounts),
             "meta_gradients_per_second": self._progress.rate(time.monotonic()),
             "workers": {"desired": self._pool.desired, "alive": self._pool.alive, "replaced": self._pool.replaced},
             "received": sum(account.received for account in accounts),
@@ -407,7 +407,7 @@ class Learner:
             applied={family: account["applied"] for family, account in books.items()},
             dropped={(family, reason): n for family, a in books.items() for reason, n in a["dropped"].items()},
             waiting=sum(account["waiting"] for account in books.values()),
-            inner_steps=self._progress.inner_steps,
+            inner_steps={family: account["inner_steps"] for family, account in books.items()},
             estimate_seconds=self._progress.seconds,
             meta_loss=self._progress.meta_loss,
             meta_gradient_norm=self._progress.norms,

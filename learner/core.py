@@ -46,12 +46,13 @@ REASONS = tuple(verdict.value for verdict in Verdict if verdict is not Verdict.A
 
 @dataclass
 class Account:
-    """One task family's books, in meta-gradients."""
+    """One task family's books, in meta-gradients; ``inner_steps`` are those behind the accepted ones."""
 
     received: int = 0
     applied: int = 0
     waiting: int = 0
     dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    inner_steps: int = 0
 
     def balanced(self) -> bool:
         return self.received == self.applied + self.waiting + sum(self.dropped.values())
@@ -81,7 +82,6 @@ class LearnerCore:
     ) -> None:
         self.lopt, self.config, self.run, self.incarnation, self.ordered = lopt, config, run, incarnation, ordered
         self.version = 0
-        self.inner_steps = 0
         self.books = {family: Account() for family in [*families, OTHER_FAMILY]}
         self.update_norm = 0.0
         self.last_malformation = ""
@@ -108,7 +108,7 @@ class LearnerCore:
             return verdict
         account.waiting += 1
         self._waiting += 1
-        self.inner_steps += gradient.inner_steps
+        account.inner_steps += gradient.inner_steps
         self._sequences[gradient.worker] = gradient.sequence
         self._sequences.move_to_end(gradient.worker)
         if len(self._sequences) > REMEMBERED_WORKERS:
@@ -189,11 +189,7 @@ class LearnerCore:
         for name, value in self._optimizer.state.get(self._flat, {}).items():
             tensors[f"optimizer:{name}"] = torch.as_tensor(value)
         books = {family: vars(account) for family, account in self.books.items()}
-        return tensors, {
-            "version": self.version,
-            "inner_steps": self.inner_steps,
-            "books": json.loads(json.dumps(books)),
-        }
+        return tensors, {"version": self.version, "books": json.loads(json.dumps(books))}
 
     def restore(self, theta: Theta, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         """Continue from ``state()`` and its theta; families that the run no longer has keep their books."""
@@ -206,7 +202,7 @@ class LearnerCore:
         if kept:
             self._optimizer.state[self._flat] = kept
         self._sums = {key.partition(":")[2]: value for key, value in tensors.items() if key.startswith("sum:")}
-        self.version, self.inner_steps = record["version"], record["inner_steps"]
+        self.version = record["version"]
         self.books |= {family: Account(**account) for family, account in record["books"].items()}
         self._waiting = sum(account.waiting for account in self.books.values())
 

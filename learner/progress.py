@@ -22,7 +22,6 @@ class Progress:
     def __init__(self) -> None:
         self.meta_loss: dict[str, float] = {}
         self.norms: dict[str, float] = {}
-        self.inner_steps: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         self._accepted_at: deque[float] = deque(maxlen=100_000)
         self._recent_staleness: deque[int] = deque(maxlen=RECENT)
@@ -37,7 +36,6 @@ class Progress:
         self._step_staleness[staleness] += 1
         self._step_losses.setdefault(family, []).append(gradient.mean_loss)
         self.norms = self.norms | {family: gradient.norm}
-        self.inner_steps = self.inner_steps | {family: self.inner_steps.get(family, 0) + gradient.inner_steps}
         self.seconds = self.seconds | {family: self.seconds.get(family, 0.0) + gradient.seconds}
 
     def stepped(self) -> dict[str, Any]:

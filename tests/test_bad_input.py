@@ -106,7 +106,7 @@ def stored_run(tmp_path, rule, name="mine", version=7):
     store = CheckpointStore(f"{tmp_path}/runs", name)
     lease = store.acquire(Owner("test", socket.gethostname(), 1), 0.0)
     theta = rule.init_theta(torch.Generator().manual_seed(0))
-    meta = {"config": "", "workers": {}, "learner": {"version": version, "inner_steps": 0, "books": {}}}
+    meta = {"config": "", "workers": {}, "learner": {"version": version, "books": {}}}
     store.save(lease, version, {"theta": lopt.encode(rule, theta, {}), "learner": b""}, meta)
     store.release(lease)
     return store
