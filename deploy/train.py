@@ -25,8 +25,6 @@ from deploy.status import StatusSnapshot
 from learner.actor import build_lopt, initial_theta
 from learner.checkpoints import CheckpointStore
 
-TARGETS = "paceline-targets.json"
-
 
 def preflight(config: Config) -> CheckpointStore:
     """Find what is wrong before anything is started: the store, the data, the optimizer to start from.
@@ -79,7 +77,7 @@ async def _train(config: Config, store: CheckpointStore, console: Console) -> in
                 await run.finish(evaluate=outcome in ("finished", "time is up"))
             finally:
                 control_server.withdraw(directory)
-                (directory / TARGETS).write_text("[]")
+                _targets(directory).unlink(missing_ok=True)
                 await server.stop()
     _hand_over(config, store, outcome, console)
     if run.chief_status is not None:
@@ -97,9 +95,14 @@ def _publish(directory: Path, status: StatusSnapshot, display: StatusDisplay) ->
         for room, port in ports.items()
         if port
     ]
-    path, text = directory / TARGETS, json.dumps(targets, indent=2)
+    path, text = _targets(directory), json.dumps(targets, indent=2)
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
+
+
+def _targets(directory: Path) -> Path:
+    """Beside the run's directory: Prometheus takes a wildcard only in a path's last part."""
+    return directory.with_name(f"{directory.name}.targets.json")
 
 
 def _hand_over(config: Config, store: CheckpointStore, outcome: str, console: Console) -> None:

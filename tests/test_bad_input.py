@@ -38,7 +38,7 @@ def snapshot(directory):
     return {
         str(path): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in Path(directory).rglob("*")
-        if path.is_file() and path.name not in ("lease.json", "LATEST", "paceline-targets.json")
+        if path.is_file() and path.name not in ("lease.json", "LATEST", "quick.targets.json")
     }
 
 

@@ -112,7 +112,7 @@ def test_panels_do_not_overlap():
 def test_targets_come_from_the_launcher_or_from_fixed_ports():
     config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
     announced, fixed = config["scrape_configs"]
-    assert announced["file_sd_configs"][0]["files"] == ["../../runs/*/paceline-targets.json"]
+    assert announced["file_sd_configs"][0]["files"] == ["../../runs/*.targets.json"]
     assert [target["targets"] for target in fixed["static_configs"]] == [["127.0.0.1:9100"], ["127.0.0.1:9101"]]
 
 

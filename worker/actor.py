@@ -39,6 +39,7 @@ class Worker:
     def __init__(self, config: Config, rule: LearnedOptimizer, name: str, slot: int, learner: Any) -> None:
         torch.set_num_threads(1)
         self.config, self.rule, self.name, self.slot, self.learner = config, rule, name, slot, learner
+        self.device = torch.device("cuda" if config.cluster.worker_gpus > 0 else "cpu")
         self.families = [
             tasks.build_family(family, settings, config.task.data) for family, settings in config.task.families.items()
         ]
@@ -58,7 +59,7 @@ class Worker:
         # a synchronous run repeats itself after a restart, an asynchronous one must not draw the same noise again
         life = 0 if synchronous else ticket.incarnation
         key = ("worker", self.config.run.seed, life, self.name)
-        core = WorkerCore(self.rule, self.families, self.config.estimator, self.slot, key)
+        core = WorkerCore(self.rule, self.families, self.config.estimator, self.slot, key, self.device)
         after = ticket.after
         if ticket.snapshot is not None:
             core.restore(ticket.snapshot)

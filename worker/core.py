@@ -15,7 +15,7 @@ from configs.schema import EstimatorConfig
 from lopt.base import LearnedOptimizer, Theta
 from tasks import StaticConfig, TaskFamily, generator
 from worker.estimators import PES, Estimate, EstimatorState, FullES, GradientEstimator
-from worker.unroll import Key, Unroll
+from worker.unroll import CPU, Key, Unroll
 
 
 class Turn(NamedTuple):
@@ -33,7 +33,13 @@ class WorkerCore:
     """
 
     def __init__(
-        self, lopt: LearnedOptimizer, families: list[TaskFamily], config: EstimatorConfig, slot: int, key: Key
+        self,
+        lopt: LearnedOptimizer,
+        families: list[TaskFamily],
+        config: EstimatorConfig,
+        slot: int,
+        key: Key,
+        device: torch.device = CPU,
     ) -> None:
         self.families, self.slot, self.turns = families, slot, 0
         self._digests: list[str] = []
@@ -41,7 +47,7 @@ class WorkerCore:
         for family in families:
             static = family.sample_static(np.random.default_rng(generator(*key, family.name, "static").initial_seed()))
             self._digests.append(static.digest())
-            self._estimators.append(_build(family, static, lopt, config, (*key, family.name)))
+            self._estimators.append(_build(family, static, lopt, config, (*key, family.name), device))
         self._states: list[EstimatorState] = [estimator.init() for estimator in self._estimators]
 
     def estimate(self, theta: Theta) -> Turn:
@@ -54,7 +60,7 @@ class WorkerCore:
     def snapshot(self) -> bytes:
         """Everything that the next estimate depends on besides theta, as safetensors."""
         tensors = {
-            f"{i}:{name}": leaf.clone() for i, state in enumerate(self._states) for name, leaf in state.items()
+            f"{i}:{name}": leaf.cpu().clone() for i, state in enumerate(self._states) for name, leaf in state.items()
         }  # cloned, because safetensors refuses tensors that share memory
         return safetensors.torch.save({"turns": torch.tensor(self.turns), **tensors})
 
@@ -69,9 +75,14 @@ class WorkerCore:
 
 
 def _build(
-    family: TaskFamily, static: StaticConfig, lopt: LearnedOptimizer, config: EstimatorConfig, key: Key
+    family: TaskFamily,
+    static: StaticConfig,
+    lopt: LearnedOptimizer,
+    config: EstimatorConfig,
+    key: Key,
+    device: torch.device,
 ) -> GradientEstimator:
-    unroll = Unroll(family, static, lopt, config.num_tasks, (config.horizon_low, config.horizon_high), key)
+    unroll = Unroll(family, static, lopt, config.num_tasks, (config.horizon_low, config.horizon_high), key, device)
     if config.name == "pes":
         return PES(unroll, config.sigma, window=config.window)
     return FullES(unroll, config.sigma, objective=config.objective)

@@ -54,7 +54,8 @@ class GradientEstimator(ABC):
         draws = generator(*self.unroll.key, "perturbation", window)
         eps = self.sigma * torch.randn(self.unroll.num_tasks, spec.trainable_size, generator=draws)
         flat = spec.flatten(theta)
-        return eps, spec.unflatten(torch.cat([flat + eps, flat - eps]), theta)
+        thetas = spec.unflatten(torch.cat([flat + eps, flat - eps]), theta)
+        return eps, {name: leaf.to(self.unroll.device) for name, leaf in thetas.items()}
 
 
 class PES(GradientEstimator):
@@ -75,7 +76,7 @@ class PES(GradientEstimator):
 
     def estimate(self, theta: Theta, state: EstimatorState) -> tuple[Estimate, EstimatorState]:
         windows = int(state["windows"])
-        particles = Particles.from_tensors(state)
+        particles = Particles.from_tensors(state, self.unroll.device)
         eps, thetas = self._perturb(theta, windows)
         losses, done = self.unroll.run(thetas, particles, self.window, windows)
         positive, negative = losses.chunk(2, dim=1)

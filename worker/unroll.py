@@ -21,6 +21,7 @@ from lopt.base import LearnedOptimizer, Params, State, Theta
 from tasks import Dynamic, StaticConfig, TaskFamily, generator, losses, losses_and_grads
 
 Key = tuple[int | str, ...]
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -46,13 +47,13 @@ class Particles:
         return flat | {name: getattr(self, name) for name in _COUNTERS}
 
     @classmethod
-    def from_tensors(cls, flat: dict[str, Tensor]) -> Particles:
-        """The inverse of ``tensors``; entries that are not particles' are ignored."""
+    def from_tensors(cls, flat: dict[str, Tensor], device: torch.device) -> Particles:
+        """The inverse of ``tensors``, a copy on ``device``; entries that are not particles' are ignored."""
         parts: dict[str, dict[str, Tensor]] = {part: {} for part in _DICTS}
         for key, leaf in flat.items():
             part, _, name = key.partition(":")
             if part in parts and name:
-                parts[part][name] = leaf.clone()
+                parts[part][name] = leaf.to(device, copy=True)
         return cls(**parts, **{name: flat[name].clone() for name in _COUNTERS})  # type: ignore[arg-type]
 
 
@@ -79,7 +80,8 @@ class Window(NamedTuple):
 class Unroll:
     """Inner training of one task family under many thetas.
 
-    ``horizon`` is (low, high): lengths of episodes are log-uniform on it. ``key`` names this unroll's randomness.
+    ``horizon`` is (low, high): lengths of episodes are log-uniform on it. ``key`` names this unroll's randomness, which
+    is drawn on the CPU so that it is the same everywhere; particles live on ``device``, counters on the CPU.
     """
 
     def __init__(
@@ -90,8 +92,9 @@ class Unroll:
         num_tasks: int,
         horizon: tuple[int, int],
         key: Key,
+        device: torch.device = CPU,
     ) -> None:
-        self.family, self.static, self.lopt, self.key = family, static, lopt, key
+        self.family, self.static, self.lopt, self.key, self.device = family, static, lopt, key, device
         self.task = family.build(static)
         self.num_tasks, self.horizon = num_tasks, horizon
 
@@ -115,17 +118,17 @@ class Unroll:
             losses.append(self._inner_step(theta, particles, batches))
             particles.over = particles.inner_step >= particles.ends
             done.append(particles.over)
-        return Window(torch.stack(losses), torch.stack(done))
+        return Window(torch.stack(losses).cpu(), torch.stack(done))
 
     def final_losses(self, particles: Particles, window: int, num_batches: int) -> Tensor:
         """Mean meta-loss (2n,) of the parameters as they are, over fresh training batches."""
         batches = generator(*self.key, "final", window)
-        total = torch.zeros(2 * self.num_tasks)
+        total = torch.zeros(2 * self.num_tasks, device=self.device)
         for _ in range(num_batches):
             batch = self._batch(batches)
             raw = losses(self.family, self.static, particles.dynamic, particles.params, batch)
             total += self.task.normalizer(raw)
-        return total / num_batches
+        return (total / num_batches).cpu()
 
     def _inner_step(self, theta: Theta, particles: Particles, batches: torch.Generator) -> Tensor:
         batch = self._batch(batches)
@@ -139,7 +142,7 @@ class Unroll:
 
     def _batch(self, batches: torch.Generator) -> dict[str, Tensor]:
         one_side = self.task.datasets.train.sample(batches, (self.num_tasks, self.task.batch_size))
-        return {name: torch.cat([leaf, leaf]) for name, leaf in one_side.items()}
+        return {name: torch.cat([leaf, leaf]).to(self.device) for name, leaf in one_side.items()}
 
     def _begin_episodes(self, theta: Theta, particles: Particles, length: int | None) -> None:
         starting = particles.over.nonzero().flatten()
@@ -151,12 +154,11 @@ class Unroll:
         particles.horizon[starting] = torch.tensor([episode.horizon for episode in episodes])
         particles.ends[starting] = torch.tensor([episode.end for episode in episodes])
 
-        rows = torch.cat([starting, starting + self.num_tasks])
-        fresh = _both_sides([episode.params for episode in episodes])
-        dynamic = _both_sides([episode.dynamic for episode in episodes])
-        state = self.lopt.init_particles(
-            {name: leaf[rows] for name, leaf in theta.items()}, fresh, particles.horizon[starting].repeat(2)
-        )
+        rows = torch.cat([starting, starting + self.num_tasks]).to(self.device)
+        fresh = self._both_sides([episode.params for episode in episodes])
+        dynamic = self._both_sides([episode.dynamic for episode in episodes])
+        horizons = particles.horizon[starting].repeat(2).to(self.device)
+        state = self.lopt.init_particles({name: leaf[rows] for name, leaf in theta.items()}, fresh, horizons)
         particles.params = _write_rows(particles.params, fresh, rows, 2 * self.num_tasks)
         particles.dynamic = _write_rows(particles.dynamic, dynamic, rows, 2 * self.num_tasks)
         particles.state = _write_rows(particles.state, state, rows, 2 * self.num_tasks)
@@ -169,17 +171,16 @@ class Unroll:
         dynamic = {name: leaf[0] for name, leaf in self.family.sample_dynamic(draws, 1).items()}
         return Episode(horizon, end, dynamic, self.family.build(self.static, dynamic).init(draws))
 
+    def _both_sides(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """k rows of single tasks as (2k, ...): the + sides, then the - sides with the same content."""
+        return {name: torch.stack([row[name] for row in rows] * 2).to(self.device) for name in rows[0]}
+
 
 def log_uniform(bounds: tuple[int, int], draws: torch.Generator) -> int:
     """An integer, log-uniform on [low, high], both included."""
     low, high = math.log(bounds[0]), math.log(bounds[1] + 1)
     value = math.exp(low + (high - low) * float(torch.rand((), generator=draws, dtype=torch.float64)))
     return min(int(value), bounds[1])
-
-
-def _both_sides(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """k rows of single tasks as (2k, ...): the + sides, then the - sides with the same content."""
-    return {name: torch.stack([row[name] for row in rows] * 2) for name in rows[0]}
 
 
 def _write_rows(old: dict[str, Tensor], new: dict[str, Tensor], rows: Tensor, total: int) -> dict[str, Tensor]:
