@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from configs.schema import ClusterConfig, ConfigError
 
@@ -24,6 +25,8 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "OMP_NUM_THREADS": "1",
 }
+
+TEMPORARY = Path("/tmp")  # noqa: S108  Unix sockets allow about 100 characters, so the path must be short
 
 
 def prepare_environment(config: ClusterConfig) -> None:
@@ -43,8 +46,7 @@ async def connected(config: ClusterConfig, run: str) -> AsyncIterator[None]:
     local = config.address == "local"
     import ray
 
-    # Unix sockets allow about 100 characters, so the directory is short
-    directory = tempfile.mkdtemp(prefix="paceline-", dir="/tmp") if local else None
+    directory = _temporary_directory() if local else None
     try:
         ray.init(
             address=config.address,
@@ -63,6 +65,15 @@ async def connected(config: ClusterConfig, run: str) -> AsyncIterator[None]:
         ray.shutdown()
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _temporary_directory() -> str:
+    """A new directory named after this process; those of launchers that were killed are removed."""
+    for path in TEMPORARY.glob("paceline-*-*"):
+        pid = path.name.split("-")[1]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(path, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=f"paceline-{os.getpid()}-", dir=TEMPORARY)
 
 
 async def _wait_for_resources(config: ClusterConfig) -> None:
