@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lopt.accumulators import Statistics
+from lopt.base import Theta, ThetaSpec
 
 NORMALIZER_EPS = 1e-5
 
@@ -79,8 +80,16 @@ def _first_layer(weight: Tensor, bias: Tensor, blocks: Sequence[Tensor], shape: 
     return out.flatten(2)
 
 
-def truncated_normal(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> Tensor:
-    """Weights as haiku's Linear draws them: normal truncated at two sigma, sigma = 1 / sqrt(fan_in)."""
-    sigma = fan_in**-0.5
-    weight = torch.empty(shape)
-    return torch.nn.init.trunc_normal_(weight, 0.0, sigma, -2 * sigma, 2 * sigma, generator=generator)
+def init_weights(spec: ThetaSpec, generator: torch.Generator) -> Theta:
+    """theta as haiku's layers start: weights (``...w*``) truncated normal, everything else zero.
+
+    The normal is cut off at two sigma, sigma = 1 / sqrt(fan_in), and not corrected for it.
+    """
+    theta = {}
+    for entry in spec.entries:
+        leaf = torch.zeros(entry.shape)
+        if entry.name.rpartition(".")[2].startswith("w"):
+            sigma = entry.shape[0] ** -0.5
+            torch.nn.init.trunc_normal_(leaf, 0.0, sigma, -2 * sigma, 2 * sigma, generator=generator)
+        theta[entry.name] = leaf
+    return theta

@@ -18,7 +18,7 @@ from lopt.accumulators import (
     update_accumulators,
 )
 from lopt.base import LearnedOptimizer, Params, State, Theta, ThetaEntry, ThetaSpec
-from lopt.features import columns, mlp, truncated_normal
+from lopt.features import columns, init_weights, mlp
 
 COLUMNS = (
     "g", "p", "m", "v", "m_rsqrt", "rsqrt", "factored_g", "row", "col", "row_rsqrt", "col_rsqrt", "factored_m",
@@ -56,12 +56,7 @@ class SmallFcLopt(LearnedOptimizer):
         return {"hidden_size": self.hidden_size}
 
     def init_theta(self, generator: torch.Generator) -> Theta:
-        return {
-            entry.name: truncated_normal(entry.shape, entry.shape[0], generator)
-            if entry.name.startswith("mlp.w")
-            else torch.zeros(entry.shape)
-            for entry in self.spec.entries
-        }
+        return init_weights(self.spec, generator)
 
     def init_particles(self, theta: Theta, params: Params, num_steps: Tensor) -> State:
         state = {"iteration": torch.zeros_like(num_steps)}
