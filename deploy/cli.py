@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from deploy.control_client import Endpoint
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0]
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Meta-train learned optimizers: launch, watch, scale and stop runs.",
 )
 console = Console()
 errors = Console(stderr=True)

@@ -60,8 +60,7 @@ async def _train(config: Config, store: CheckpointStore, console: Console) -> in
     with StatusDisplay(console) as display:
         async with cluster.connected(config.cluster, config.run.name):
             run = Run(config, lambda status: _publish(directory, status, display))
-            for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().add_signal_handler(number, run.interrupted.set)
+            _stop_on_signals(run)
             run.start()
             await run.wait_until_held()
             (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -84,6 +83,19 @@ async def _train(config: Config, store: CheckpointStore, console: Console) -> in
         for problem in filter(None, [*run.chief_status.dead, run.chief_status.problem]):
             console.print(f"not evaluated: {problem}", style="yellow", markup=False, soft_wrap=True)
     return 130 if outcome == "interrupted" else 0
+
+
+def _stop_on_signals(run: Run) -> None:
+    """The first Ctrl-C or SIGTERM stops the run with a checkpoint; a second one ends the launcher as it stands."""
+    loop = asyncio.get_running_loop()
+
+    def interrupt() -> None:
+        run.interrupted.set()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupt)
 
 
 def _publish(directory: Path, status: StatusSnapshot, display: StatusDisplay) -> None:

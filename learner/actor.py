@@ -173,7 +173,7 @@ class Learner:
         if self._background is None and self.failure is None:
             self._background = asyncio.create_task(self._keep_lease())
             if self._checkpoint is None:
-                await self._save()  # version 0: the untrained start that evaluations compare with
+                await self._save_surely()  # version 0: the untrained start that evaluations compare with
 
     async def _keep_lease(self) -> None:
         while self.failure is None:
@@ -222,13 +222,17 @@ class Learner:
     def _why_leave(self, worker: str) -> str | None:
         if self.failure is not None:
             return "the learner has failed"
-        if self._finished or self._stop_reason is not None:
+        if self._is_over():
             return self._stop_reason or "the run is finished"
         return self._leaving.get(worker)
 
+    def _is_over(self) -> bool:
+        """Whether theta moves no more, though its last checkpoint may still be on its way."""
+        return self._stop_reason is not None or self.core.version >= self.config.run.meta_steps
+
     async def submit(self, gradient: lopt.MetaGradient, snapshot: bytes | None) -> Verdict | None:
-        """Judge a meta-gradient and step if it was the last one needed. None if the learner has failed."""
-        if self.failure is not None or self._finished:
+        """Judge a meta-gradient and step if it was the last one needed. None if the run is over or has failed."""
+        if self.failure is not None or self._is_over():
             return None
         verdict = self.core.submit(gradient)
         staleness = self.core.version - gradient.version
@@ -249,12 +253,11 @@ class Learner:
             self.failure = str(error)
             return
         self._journal.write(version, time.time(), self._record() | self._progress.stepped())
-        finished = version >= self.config.run.meta_steps
-        if finished:
+        if version >= self.config.run.meta_steps:
             await self._save_surely()
+            self._finished = True
         elif version % self.config.storage.every == 0:
             await self._save()
-        self._finished = self._finished or finished
         await self._announce()
 
     async def _announce(self) -> None:
@@ -286,7 +289,7 @@ class Learner:
         return self._checkpoint.name, self._checkpoint.version
 
     async def stop(self, reason: str) -> int:
-        """End the run here: send all workers away, save, release the lease. Returns the version."""
+        """End the run here: take no more meta-gradients, send all workers away, save. Returns the version."""
         self._stop_reason = reason
         await self._announce()
         if self.failure is not None:

@@ -119,7 +119,7 @@ def scrape(port):
 
 @pytest.mark.chaos
 def test_killed_actors_come_back_and_the_result_is_whole(tmp_path, capsys):
-    overrides = ["run.meta_steps=600", "estimator.window=20", "evaluation.every=100", *TINY_EVALUATION]
+    overrides = ["run.meta_steps=100000", "run.max_seconds=75", "estimator.window=20", *TINY_EVALUATION]
     took = {}
     with launched(tmp_path, "chaos", *overrides) as launch:
         launch.wait_for(lambda s: s.version >= 5 and s.evaluation is not None, what="work and an evaluation")
@@ -145,7 +145,7 @@ def test_killed_actors_come_back_and_the_result_is_whole(tmp_path, capsys):
 
     store = CheckpointStore(f"{tmp_path}/runs", "chaos")
     final = store.latest()
-    assert final.version == 600
+    assert final.version > resumed.version + 5
     for account in final.meta["learner"]["books"].values():
         assert account["received"] == account["applied"] + account["waiting"] + sum(account["dropped"].values())
     results = store.list_files("results")
