@@ -141,6 +141,6 @@ def _hand_over(config: Config, store: CheckpointStore, outcome: str, console: Co
                 soft_wrap=True,
             )
     console.print(f"report      {report}", soft_wrap=True)
-    if outcome in ("interrupted", "stopped"):
+    if checkpoint.version < config.run.meta_steps:
         console.print("the same command continues from here")
     console.print(f"\n{usage(optimizer)}", highlight=False, markup=False, soft_wrap=True)
