@@ -230,6 +230,15 @@ def test_files_that_are_no_optimizer_are_refused(tmp_path):
         lopt.build("cello")
 
 
+def test_the_preset_celo_trains_a_model_by_its_name_alone():
+    model, loss_of = problem()
+    losses = train(model, loss_of, lopt.load("celo")(model.parameters(), num_steps=100), 100)
+    assert losses[-1] < losses[0] / 3
+    assert lopt.read("celo")[2]["license"] == "MIT"
+    with pytest.raises(lopt.CheckpointError, match="did you mean 'celo'"):
+        lopt.load("cello")
+
+
 def test_a_file_holds_everything_and_equal_content_gives_equal_bytes(tmp_path, make):
     path, rule, theta = saved(tmp_path, make)
     again, loaded, provenance = lopt.read(path)
