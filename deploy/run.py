@@ -216,12 +216,20 @@ class Run:
 
     async def checkpoint(self) -> tuple[str, int]:
         self._refuse_unless(RunState.RUNNING, RunState.PAUSED)
-        name, version = await self._patiently("learner", lambda: self.learner.checkpoint.remote())
+        try:
+            name, version = await self._patiently("learner", lambda: self.learner.checkpoint.remote())
+        except RunFailed as error:
+            raise ControlError(str(error)) from error  # the operator's request failed, the run goes on
         return name, version
 
     async def stop(self) -> int:
         self._refuse_unless(RunState.RUNNING, RunState.PAUSED)
-        return await self._stop_learner("stopped")
+        before = self.state
+        try:
+            return await self._stop_learner("stopped")
+        except RunFailed as error:
+            self.state = before
+            raise ControlError(str(error)) from error
 
     async def _stop_learner(self, reason: str) -> int:
         self.state = RunState.STOPPING

@@ -36,8 +36,11 @@ from learner.progress import Progress
 RENEW_SECONDS = 4.0
 POLL_SECONDS = 5.0
 """How long ``fetch`` waits for news before it says that there are none."""
-MAX_FAILED_SAVES = 5
 RETRY_SECONDS = 2.0
+MAX_OUTAGE_SECONDS = 600.0
+"""How long the store may refuse every checkpoint before the run ends."""
+OPERATOR_SECONDS = 20.0
+"""How long an operator who asks for a checkpoint waits for a store that refuses it."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,9 @@ class Learner:
         self._paused = self._finished = False
         self._stop_reason: str | None = None
         self._checkpoint: Checkpoint | None = None
-        self._checkpoints = self._failed_saves = 0
+        self._checkpoints = 0
+        self._refused_since: float | None = None
+        self._refusal = ""
         self._checkpoint_time = float("nan")
         self._pool = PoolCounts()
         self._progress = Progress()
@@ -283,19 +288,26 @@ class Learner:
 
     async def checkpoint(self) -> tuple[str, int]:
         """Save the present state and return its name and version."""
-        await self._save_surely()
-        if self._checkpoint is None or self.failure is not None:
-            raise StoreError(self.failure or "no checkpoint could be saved")
+        version = self.core.version
+        await self._save_surely(OPERATOR_SECONDS)
+        if self._checkpoint is None or not self._is_saved(version):
+            kept = "none" if self._checkpoint is None else self._checkpoint.name
+            raise StoreError(f"version {version} could not be saved: {self.failure or self._refusal} (newest: {kept})")
         return self._checkpoint.name, self._checkpoint.version
 
     async def stop(self, reason: str) -> int:
-        """End the run here: take no more meta-gradients, send all workers away, save. Returns the version."""
+        """End the run here: take no more meta-gradients, send all workers away, save. Returns the version.
+
+        Raises ``StoreError`` if nothing can be saved; the run then goes on.
+        """
         self._stop_reason = reason
         await self._announce()
-        if self.failure is not None:
-            return -1
-        await self.checkpoint()
-        return self.core.version
+        try:
+            _, version = await self.checkpoint()
+        except StoreError:
+            self._stop_reason = None
+            raise
+        return version
 
     async def close(self) -> None:
         """Let go of everything; the last call. A failed learner has nothing left to let go of but its port."""
@@ -331,22 +343,25 @@ class Learner:
 
     # -- what is written down -----------------------------------------------------------------------------------
 
-    async def _save_surely(self) -> None:
-        """Save until it works or the run has failed."""
-        version = self.core.version
-        while self.failure is None and (self._checkpoint is None or self._checkpoint.version < version):
+    async def _save_surely(self, seconds: float = MAX_OUTAGE_SECONDS) -> None:
+        """Save until it works, the run has failed or ``seconds`` are over."""
+        version, deadline = self.core.version, time.monotonic() + seconds
+        while not self._is_saved(version) and self.failure is None and time.monotonic() < deadline:
             await self._save()
-            if self._failed_saves:
+            if not self._is_saved(version):
                 await asyncio.sleep(RETRY_SECONDS)
 
+    def _is_saved(self, version: int) -> bool:
+        return self._checkpoint is not None and self._checkpoint.version >= version
+
     async def _save(self) -> None:
-        """A checkpoint of this instant. Failures are counted; too many in a row end the run."""
+        """A checkpoint of this instant. A store that refuses is asked again later, for ``MAX_OUTAGE_SECONDS``."""
         version = self.core.version
         blobs, meta = self._capture()
         async with self._saving:
-            if self._checkpoint is not None and self._checkpoint.version >= version:
+            if self._is_saved(version):
                 return  # another call saved this version, or a later one, while this one waited
-            start = time.perf_counter()
+            start = time.monotonic()
             try:
                 self._checkpoint = await asyncio.to_thread(self._store.save, self._lease, version, blobs, meta)
                 await asyncio.to_thread(self._retain, version)
@@ -354,14 +369,15 @@ class Learner:
                 self.failure = str(error)
                 return
             except StoreError as error:
-                self._failed_saves += 1
-                if self._failed_saves >= MAX_FAILED_SAVES:
-                    self.failure = f"{self._failed_saves} checkpoints in a row could not be saved: {error}"
+                self._refusal = str(error)
+                self._refused_since = self._refused_since or start
+                if time.monotonic() - self._refused_since > MAX_OUTAGE_SECONDS:
+                    self.failure = f"no checkpoint could be saved for {MAX_OUTAGE_SECONDS:.0f} s: {error}"
                 return
-            self._failed_saves = 0
+            self._refused_since = None
             self._checkpoints += 1
             self._checkpoint_time = time.time()
-            self._metrics.checkpoint_seconds.observe(time.perf_counter() - start)
+            self._metrics.checkpoint_seconds.observe(time.monotonic() - start)
 
     def _retain(self, version: int) -> None:
         storage = self.config.storage

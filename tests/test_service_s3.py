@@ -3,19 +3,20 @@
 import pytest
 
 from learner.checkpoints import CheckpointStore
-from tests.launch import TINY_EVALUATION, balanced, launched
+from tests.launch import TINY_EVALUATION, balanced, cli, launched
 
 pytestmark = [pytest.mark.s3, pytest.mark.slow, pytest.mark.chaos]
 
 
-def test_a_run_on_s3_survives_its_death_and_is_evaluated(tmp_path, seaweed):
+def on(seaweed):
+    """Overrides and environment of a run that stores on this server."""
     environment = {"AWS_ACCESS_KEY_ID": seaweed.access_key, "AWS_SECRET_ACCESS_KEY": seaweed.secret_key}
-    remote = [
-        f"storage.root={seaweed.root}/runs",
-        f"storage.options.endpoint_url={seaweed.endpoint}",
-        "run.meta_steps=60",
-        *TINY_EVALUATION,
-    ]
+    return [f"storage.root={seaweed.root}/runs", f"storage.options.endpoint_url={seaweed.endpoint}"], environment
+
+
+def test_a_run_on_s3_survives_its_death_and_is_evaluated(tmp_path, seaweed):
+    remote, environment = on(seaweed)
+    remote += ["run.meta_steps=60", *TINY_EVALUATION]
     with launched(tmp_path, "remote", *remote, environment=environment) as launch:
         launch.wait_for(lambda s: s.version >= 12 and s.checkpoint is not None, what="a checkpoint on S3")
         launch.end()
@@ -35,3 +36,23 @@ def test_a_run_on_s3_survives_its_death_and_is_evaluated(tmp_path, seaweed):
     results = [path for path in store.list_files("results") if final.blobs["theta"].digest in path]
     assert len(results) == 2
     assert (tmp_path / "runs/remote/report.html").exists()
+
+
+def test_training_goes_on_while_the_store_is_away_and_is_saved_when_it_is_back(tmp_path, seaweed):
+    remote, environment = on(seaweed)
+    remote += ["run.meta_steps=100000"]
+    with launched(tmp_path, "outage", *remote, environment=environment) as launch:
+        launch.wait_for(lambda s: s.checkpoint is not None and s.checkpoint.version >= 5, what="a checkpoint on S3")
+        seaweed.kill()
+        away = launch.status()
+        status = launch.wait_for(lambda s: s.version > away.version + 6, what="meta-steps without a store")
+        assert balanced(status)
+        for command in ("checkpoint", "stop"):
+            code, text = cli(command, "outage", "--log-dir", f"{tmp_path}/runs", seconds=90)
+            assert code == 1
+            assert "could not be saved" in text
+        seaweed.start()
+        launch.wait_for(lambda s: s.checkpoint.version > status.version, what="a checkpoint after the outage")
+        assert cli("stop", "outage", "--log-dir", f"{tmp_path}/runs")[0] == 0
+        assert launch.wait(90) == 0, launch.text
+    assert CheckpointStore(f"{seaweed.root}/runs", "outage", seaweed.options).latest().version > status.version
