@@ -108,7 +108,6 @@ class Chief:
             list(self.evaluation.tasks),
             self.evaluation.seeds,
             max_waiting=MAX_WAITING,
-            lease_seconds=EVALUATION_SECONDS,
             done=self._stored(),
         )
         self._scores: dict[int, Scores] = {}
@@ -173,7 +172,7 @@ class Chief:
         """Keep one evaluator at work; a lost one is replaced, its item goes back to the queue."""
         actor: Any = None
         while True:
-            item = self.queue.lease(name, time.monotonic())
+            item = self.queue.lease(name)
             if item is None:
                 await asyncio.sleep(POLL_SECONDS / 4)
                 continue

@@ -1,11 +1,11 @@
 """Owns which (checkpoint, task, seed) is evaluated next, by whom, and what became of it.
 
-A pure state machine: no clock (``now`` comes in), no threads, no I/O. Work is handed out at least once, a result is
+A pure state machine: no clock, no threads, no I/O. Work is handed out at least once, a result is
 taken exactly once. It must never lose an item without an entry in its books.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -46,7 +46,6 @@ class _Entry:
     status: Status = Status.WAITING
     attempts: int = 0
     worker: str = ""
-    deadline: float = 0.0
     reasons: list[str] = field(default_factory=list)
 
 
@@ -70,7 +69,7 @@ class EvaluationQueue:
 
     A started checkpoint is finished first (half a matrix of scores is worth nothing), then the newest one begins.
     Version 0 (the untrained start) and final checkpoints are never skipped; when more than ``max_waiting`` others wait
-    untouched, the oldest of those is. A lease lasts ``lease_seconds``; an item that was leased `MAX_ATTEMPTS` times
+    untouched, the oldest of those is. An item that was leased `MAX_ATTEMPTS` times
     without a result is dead, whatever the reasons: an item that kills its worker looks like a lost worker.
     ``done`` are the items whose results are stored already: they count as done when their checkpoint is added.
     """
@@ -81,14 +80,12 @@ class EvaluationQueue:
         seeds: int,
         *,
         max_waiting: int,
-        lease_seconds: float,
         done: Collection[Item] = (),
     ) -> None:
         if max_waiting < 1:
             raise ValueError(f"max_waiting = {max_waiting}: expected at least 1")
         self._matrix = [(task, seed) for task in tasks for seed in range(seeds)]
         self._max_waiting = max_waiting
-        self._lease_seconds = lease_seconds
         self._stored = frozenset(done)
         self._checkpoints: dict[str, _Checkpoint] = {}
         self._added = 0
@@ -115,13 +112,13 @@ class EvaluationQueue:
             for entry in checkpoint.entries.values():
                 entry.status = Status.SKIPPED
 
-    def lease(self, worker: str, now: float) -> Item | None:
-        """The next item for ``worker`` until ``now + lease_seconds``; None when nothing waits."""
+    def lease(self, worker: str) -> Item | None:
+        """The next item for ``worker``, who gives it back with ``complete`` or ``fail``; None when nothing waits."""
         order = sorted(self._checkpoints.values(), key=lambda c: (c.waits, -c.version))
         for checkpoint in order:
             for item, entry in checkpoint.entries.items():
                 if entry.status is Status.WAITING:
-                    entry.status, entry.worker, entry.deadline = Status.LEASED, worker, now + self._lease_seconds
+                    entry.status, entry.worker = Status.LEASED, worker
                     entry.attempts += 1
                     return item
         return None
@@ -129,7 +126,7 @@ class EvaluationQueue:
     def complete(self, item: Item, worker: str) -> bool:
         """Whether this is the first result of ``item``: store it then, drop it otherwise.
 
-        A result is welcome from anyone at any time, also from a worker whose lease ran out. KeyError: unknown item.
+        A result is welcome from anyone, also from a worker that had given the item up. KeyError: unknown item.
         """
         entry = self._entry(item)
         if entry.status is Status.DONE:
@@ -144,20 +141,6 @@ class EvaluationQueue:
             return False
         self._give_back(entry, reason)
         return True
-
-    def expire(self, now: float) -> list[Item]:
-        """Take back every lease whose deadline is not after ``now``; returns their items."""
-        return self._take_back(lambda entry: entry.deadline <= now, "the lease ran out")
-
-    def abandon(self, worker: str) -> list[Item]:
-        """Take back every lease of a lost ``worker``; returns their items."""
-        return self._take_back(lambda entry: entry.worker == worker, "its worker was lost")
-
-    def _take_back(self, lost: Callable[[_Entry], bool], reason: str) -> list[Item]:
-        taken = [(item, entry) for item, entry in self._entries() if entry.status is Status.LEASED and lost(entry)]
-        for _, entry in taken:
-            self._give_back(entry, reason)
-        return [item for item, _ in taken]
 
     @staticmethod
     def _give_back(entry: _Entry, reason: str) -> None:

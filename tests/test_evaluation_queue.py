@@ -11,12 +11,12 @@ from evaluator.queue import MAX_ATTEMPTS, Books, EvaluationQueue, Item
 
 
 def queue(tasks=("t",), seeds=1, max_waiting=2, done=()):
-    return EvaluationQueue(tasks, seeds, max_waiting=max_waiting, lease_seconds=10, done=done)
+    return EvaluationQueue(tasks, seeds, max_waiting=max_waiting, done=done)
 
 
-def drain(q, worker="w", now=0.0):
+def drain(q, worker="w"):
     items = []
-    while (item := q.lease(worker, now)) is not None:
+    while (item := q.lease(worker)) is not None:
         assert q.complete(item, worker)
         items.append(item)
     return items
@@ -40,7 +40,7 @@ def test_the_newest_checkpoint_comes_first():
 def test_a_started_checkpoint_is_finished_before_a_newer_one_starts():
     q = queue(seeds=2)
     q.add_checkpoint(100, "c100")
-    q.complete(q.lease("w", 0), "w")
+    q.complete(q.lease("w"), "w")
     q.add_checkpoint(200, "c200")
     assert [item.checkpoint for item in drain(q)] == ["c100", "c200", "c200"]
 
@@ -58,7 +58,7 @@ def test_surplus_checkpoints_are_skipped_oldest_first_but_never_the_first_or_the
 def test_a_started_checkpoint_is_never_skipped():
     q = queue(seeds=2, max_waiting=1)
     q.add_checkpoint(100, "c100")
-    q.lease("w", 0)
+    q.lease("w")
     for version in (200, 300):
         q.add_checkpoint(version, f"c{version}")
     assert {item.checkpoint for item in drain(q, "v")} == {"c100", "c300"}
@@ -78,7 +78,7 @@ def test_adding_a_checkpoint_twice_changes_nothing():
     q.add_checkpoint(100, "c")
     drain(q)
     q.add_checkpoint(100, "c")
-    assert q.lease("w", 0) is None
+    assert q.lease("w") is None
     assert q.books().added == 1
 
 
@@ -90,40 +90,29 @@ def test_results_that_are_stored_already_are_not_computed_again():
     assert q.is_complete("c")
 
 
-def test_an_expired_lease_is_handed_out_again_and_only_the_first_result_counts():
+def test_an_item_given_back_goes_to_another_and_only_the_first_result_counts():
     q = queue()
     q.add_checkpoint(0, "c")
-    item = q.lease("slow", now=0)
-    assert q.lease("fast", now=9) is None
-    assert q.expire(9.9) == []
-    assert q.expire(10) == [item]
-    assert q.lease("fast", now=10) == item
+    item = q.lease("slow")
+    assert q.lease("fast") is None
+    assert q.fail(item, "slow", "its evaluator was lost")
+    assert q.lease("fast") == item
     assert q.complete(item, "slow")
     assert not q.complete(item, "fast")
     assert not q.fail(item, "fast", "too late")
     assert q.books() == Books(added=1, done=1, leased=0, waiting=0, dead=0, skipped=0)
 
 
-def test_a_lost_workers_items_go_to_another():
-    q = queue(seeds=2)
-    q.add_checkpoint(0, "c")
-    lost, kept = q.lease("a", 0), q.lease("b", 0)
-    assert q.abandon("a") == [lost]
-    assert q.lease("b", 0) == lost
-    assert q.complete(kept, "b")
-
-
 def test_three_attempts_then_the_dead_letter_box_with_every_reason():
     q = queue()
     q.add_checkpoint(0, "c")
-    item = q.lease("a", 0)
+    item = q.lease("a")
     assert q.fail(item, "a", "boom")
-    q.lease("b", 0)
-    q.expire(99)
-    q.lease("c", 0)
-    q.abandon("c")
-    assert q.lease("d", 0) is None
-    assert q.dead_letters() == {item: ["a: boom", "b: the lease ran out", "c: its worker was lost"]}
+    for worker, reason in (("b", "bang"), ("c", "its evaluator was lost")):
+        q.lease(worker)
+        assert q.fail(item, worker, reason)
+    assert q.lease("d") is None
+    assert q.dead_letters() == {item: ["a: boom", "b: bang", "c: its evaluator was lost"]}
     assert q.books().dead == 1
     assert not q.is_complete("c")
     assert q.complete(item, "c")  # a late result is still a result
@@ -133,7 +122,7 @@ def test_three_attempts_then_the_dead_letter_box_with_every_reason():
 def test_only_the_holder_of_a_lease_can_fail_it():
     q = queue()
     q.add_checkpoint(0, "c")
-    item = q.lease("a", 0)
+    item = q.lease("a")
     assert not q.fail(item, "b", "not mine")
     assert q.books().leased == 1
 
@@ -161,7 +150,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.results = [Item(f"c{version}", "t", seed) for version, seed in stored]
         self.q = queue(seeds=2, max_waiting=max_waiting, done=self.results)
         self.results = set(self.results)
-        self.now, self.added, self.handed_out = 0.0, set(), []
+        self.added, self.handed_out = set(), []
         self.attempts = {}
 
     @rule(version=st.integers(0, 12), final=st.booleans())
@@ -171,7 +160,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(worker=st.sampled_from("ab"))
     def lease(self, worker):
-        item = self.q.lease(worker, self.now)
+        item = self.q.lease(worker)
         if item is None:
             assert self.q.books().waiting == 0
             return
@@ -192,16 +181,6 @@ class QueueMachine(RuleBasedStateMachine):
         if self.handed_out:
             self.q.fail(*data.draw(st.sampled_from(self.handed_out)), "boom")
 
-    @rule(worker=st.sampled_from("ab"))
-    def abandon(self, worker):
-        for item in self.q.abandon(worker):
-            assert (item, worker) in self.handed_out
-
-    @rule(seconds=st.sampled_from([1.0, 10.0]))
-    def expire(self, seconds):
-        self.now += seconds
-        self.q.expire(self.now)
-
     @invariant()
     def books_balance(self):
         if not hasattr(self, "q"):
@@ -214,8 +193,9 @@ class QueueMachine(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "q"):
             return
-        self.q.expire(self.now + 100)
-        drain(self.q, now=self.now + 100)
+        for item, worker in self.handed_out:
+            self.q.fail(item, worker, "the test is over")
+        drain(self.q)
         books = self.q.books()
         assert books.waiting == books.leased == 0
         if 0 in self.added and not self.q.dead_letters():
