@@ -49,7 +49,7 @@ def usage(path: Path) -> str:
 def write_report(config: Config, store: CheckpointStore, checkpoint: Checkpoint, state: str, optimizer: Path) -> Path:
     """Render the report of the run as it stands after ``checkpoint``; returns its path."""
     directory = Path(config.run.log_dir) / config.run.name
-    journal = read_journal(directory / JOURNAL)
+    journal = [line for line in read_journal(directory / JOURNAL) if line["version"] <= checkpoint.version]
     scored = score_all(config, store)
     everything: dict[str, dict[str, Any]] = checkpoint.meta["learner"]["books"]
     books = {family: account for family, account in everything.items() if account["received"]}

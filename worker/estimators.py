@@ -1,6 +1,6 @@
 """Estimators of the meta-gradient: siblings over one unroll.
 
-Owns perturbations, credit assignment and the estimates' formulae. Never normalises, averages over tasks families or
+Owns perturbations, credit assignment and the estimates' formulae. Never normalises, averages over task families or
 knows who asks.
 
 All estimates are antithetic: eps ~ N(0, sigma^2 I), theta + eps and theta - eps are trained on the same data, and
