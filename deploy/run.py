@@ -250,9 +250,10 @@ class Run:
         if evaluate and self.chief is not None and status is not None and status.checkpoint is not None:
             self.state = RunState.EVALUATING
             version = status.checkpoint[1]
-            await self._patiently("evaluators' chief", lambda: self.chief.finalize.remote(version))
             deadline = time.monotonic() + self.config.evaluation.final_seconds
             while time.monotonic() < deadline and not self.interrupted.is_set():
+                # said again with every tick, because a chief that is restarted meanwhile does not remember it
+                await self._patiently("evaluators' chief", lambda: self.chief.finalize.remote(version))
                 await self._tick()
                 chief = self.chief_status
                 if chief is not None and chief.idle and (version in chief.scores or chief.dead or chief.problem):

@@ -159,6 +159,17 @@ def test_killed_actors_come_back_and_the_result_is_whole(tmp_path, capsys):
     assert "trained" in launch.text
 
 
+@pytest.mark.chaos
+def test_a_chief_killed_during_the_final_evaluation_still_scores_the_last_version(tmp_path):
+    slow = "evaluation.tasks.other.num_steps=1500"  # seconds, so that the chief dies in the middle of it
+    with launched(tmp_path, "last", "run.meta_steps=7", *TINY_EVALUATION, slow) as launch:
+        launch.wait_for(lambda s: s.state == "evaluating", what="the final evaluation")
+        (chief,) = launch.find("ray::Chief")
+        os.kill(chief, signal.SIGKILL)
+        assert launch.wait() == 0, launch.text
+        assert "(version 7)" in launch.text
+
+
 def killed(launch, pid, title, count, recovered):
     """Seconds from SIGKILL until another process does the work and the run says so."""
     start = time.monotonic()
