@@ -17,6 +17,7 @@ class Adam(LearnedOptimizer):
     """p <- p - lr m_hat / (sqrt(v_hat) + eps)."""
 
     name = "adam"
+    paper = "Kingma & Ba 2015, Adam: A method for stochastic optimization, arXiv:1412.6980"
     beta1, beta2, eps = 0.9, 0.999, 1e-8
 
     def __init__(self) -> None:

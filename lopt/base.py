@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -24,6 +24,8 @@ from torch import Tensor
 Theta = dict[str, Tensor]
 Params = dict[str, Tensor]
 State = dict[str, Tensor]
+Argument = int | float | str | bool
+"""What a constructor may take, so that a checkpoint's JSON header can hold it."""
 
 
 class ThetaError(ValueError):
@@ -113,14 +115,18 @@ class LearnedOptimizer(ABC):
     """
 
     name: ClassVar[str]
+    paper: ClassVar[str]
+    """Where the rule comes from: authors, year, title, arXiv number."""
     spec: ThetaSpec
     needs_loss: bool = False
     """Whether ``loss`` influences the update."""
     needs_horizon: bool = False
     """Whether ``num_steps`` influences the update."""
+    elementwise: bool = False
+    """Whether every parameter is updated without looking at any other, so that a tensor may be cut anywhere."""
 
     @property
-    def arguments(self) -> dict[str, int]:
+    def arguments(self) -> dict[str, Argument]:
         """Constructor arguments, so that ``lopt.build(name, **arguments)`` makes an equal optimizer."""
         return {}
 
@@ -149,6 +155,30 @@ class LearnedOptimizer(ABC):
             _add_axis(theta), _add_axis(state), _add_axis(params), _add_axis(grads), loss.unsqueeze(0)
         )
         return _drop_axis(new_params), _drop_axis(new_state)
+
+    def apply(
+        self,
+        theta: Theta,
+        state: State,
+        params: Params,
+        grads: Params,
+        loss: Tensor,
+        lr: Sequence[float],
+        weight_decay: Sequence[float],
+    ) -> State:
+        """One step in place, for one particle: p <- p - lr (step + weight_decay p), with one factor per tensor.
+
+        ``params`` are fp32 and are overwritten; the leaves of ``state`` may be. Returns the new state.
+        """
+        names = list(params)
+        old = [params[name] for name in names]
+        new_params, new_state = self.update(theta, state, params, grads, loss)
+        steps = torch._foreach_sub(old, [new_params[name] for name in names])
+        if any(weight_decay):
+            torch._foreach_add_(steps, torch._foreach_mul(old, list(weight_decay)))
+        torch._foreach_mul_(steps, list(lr))
+        torch._foreach_sub_(old, steps)
+        return new_state
 
 
 def _add_axis(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

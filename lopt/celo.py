@@ -23,7 +23,7 @@ from lopt.accumulators import (
     init_accumulators,
     update_accumulators,
 )
-from lopt.base import LearnedOptimizer, Params, State, Theta, ThetaEntry, ThetaSpec
+from lopt.base import Argument, LearnedOptimizer, Params, State, Theta, ThetaEntry, ThetaSpec
 from lopt.features import columns, init_weights, mlp
 
 COLUMNS = (
@@ -43,6 +43,7 @@ class Celo(LearnedOptimizer):
     """p <- p - lr(t, losses) 0.001 d exp(0.001 a) rms(p), (d, a) = MLP(30 normalised columns). Celo, section 3."""
 
     name = "celo"
+    paper = "Moudgil et al. 2025, Celo: Training versatile learned optimizers on a compute diet, arXiv:2501.12670"
 
     def __init__(self, phase: int) -> None:
         if phase not in (1, 2):
@@ -77,7 +78,7 @@ class Celo(LearnedOptimizer):
         )
 
     @property
-    def arguments(self) -> dict[str, int]:
+    def arguments(self) -> dict[str, Argument]:
         return {"phase": self.phase}
 
     def init_theta(self, generator: torch.Generator) -> Theta:

@@ -16,7 +16,7 @@ import safetensors
 import safetensors.torch
 
 from lopt.adam import Adam
-from lopt.base import LearnedOptimizer, Theta, ThetaError
+from lopt.base import Argument, LearnedOptimizer, Theta, ThetaError
 from lopt.celo import Celo
 from lopt.small_fc import SmallFcLopt
 
@@ -29,7 +29,7 @@ class CheckpointError(ValueError):
     """A file that is not a learned optimizer's; names the file's field, what was found and what was expected."""
 
 
-def build(name: str, **arguments: int) -> LearnedOptimizer:
+def build(name: str, **arguments: Argument) -> LearnedOptimizer:
     """The architecture ``name``. Raises ``CheckpointError`` for unknown names and arguments."""
     if name not in ARCHITECTURES:
         raise CheckpointError(f"architecture {name!r}: expected one of {_choices(name, list(ARCHITECTURES))}")

@@ -17,7 +17,7 @@ from lopt.accumulators import (
     init_accumulators,
     update_accumulators,
 )
-from lopt.base import LearnedOptimizer, Params, State, Theta, ThetaEntry, ThetaSpec
+from lopt.base import Argument, LearnedOptimizer, Params, State, Theta, ThetaEntry, ThetaSpec
 from lopt.features import columns, init_weights, mlp
 
 COLUMNS = (
@@ -33,6 +33,7 @@ class SmallFcLopt(LearnedOptimizer):
     """p <- p - 0.001 d exp(0.001 a), (d, a) = MLP(28 normalised columns, 11 time features). Digest 1.1."""
 
     name = "small_fc_lopt"
+    paper = "Metz et al. 2022, Practical tradeoffs ... in learned optimizers, arXiv:2203.11860"
 
     def __init__(self, hidden_size: int = 4) -> None:
         inputs = NUM_COLUMNS + len(TIMESCALES)
@@ -52,7 +53,7 @@ class SmallFcLopt(LearnedOptimizer):
         )
 
     @property
-    def arguments(self) -> dict[str, int]:
+    def arguments(self) -> dict[str, Argument]:
         return {"hidden_size": self.hidden_size}
 
     def init_theta(self, generator: torch.Generator) -> Theta:
