@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,16 @@ REPORT = "report.html"
 
 
 def export_optimizer(config: Config, store: CheckpointStore, checkpoint: Checkpoint) -> Path:
-    """Put the checkpoint's optimizer as one file beside the run, in storage and locally; returns the local path."""
-    data = store.read(checkpoint, "theta")
+    """Put the checkpoint's optimizer, with its scores, beside the run, in storage and locally; returns the local path.
+
+    Scores are there once the evaluation of this checkpoint is complete.
+    """
+    rule, theta, provenance = lopt.decode(store.read(checkpoint, "theta"))
+    scored = score_all(config, store).get(checkpoint.version)
+    if scored is not None:
+        suite = {"tasks": [*config.evaluation.tasks], "seeds": config.evaluation.seeds}
+        provenance = provenance | {"scores": asdict(scored[0]) | suite}
+    data = lopt.encode(rule, theta, provenance)
     store.put(OPTIMIZER, data)
     path = Path(config.run.log_dir) / config.run.name / OPTIMIZER
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,7 @@ from learner.core import OTHER_FAMILY, REASONS, LearnerCore, MetaStepError, Verd
 from learner.journal import Journal
 from learner.metrics import LearnerMetrics, LearnerSnapshot
 from learner.progress import Progress
+from learner.provenance import provenance
 
 RENEW_SECONDS = 4.0
 POLL_SECONDS = 5.0
@@ -387,9 +388,9 @@ class Learner:
     def _capture(self) -> tuple[dict[str, bytes], dict[str, Any]]:
         """Blobs and meta of a checkpoint; taken without waiting, so that they belong to one instant."""
         tensors, record = self.core.state()
-        provenance = {"run": self.config.run.name, "version": self.core.version, "config": self.config_yaml}
+        origin = provenance(self.config, self.config_yaml, self.core.version)
         blobs = {
-            "theta": lopt.encode(self.core.lopt, self.core.theta, provenance),
+            "theta": lopt.encode(self.core.lopt, self.core.theta, origin),
             "learner": safetensors.torch.save(tensors),
         } | {f"worker-{worker}": snapshot for worker, (_, snapshot) in self._snapshots.items()}
         meta = {

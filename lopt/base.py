@@ -170,15 +170,19 @@ class LearnedOptimizer(ABC):
 
         ``params`` are fp32 and are overwritten; the leaves of ``state`` may be. Returns the new state.
         """
-        names = list(params)
-        old = [params[name] for name in names]
         new_params, new_state = self.update(theta, state, params, grads, loss)
-        steps = torch._foreach_sub(old, [new_params[name] for name in names])
-        if any(weight_decay):
-            torch._foreach_add_(steps, torch._foreach_mul(old, list(weight_decay)))
-        torch._foreach_mul_(steps, list(lr))
-        torch._foreach_sub_(old, steps)
+        move(params, new_params, lr, weight_decay)
         return new_state
+
+
+def move(params: Params, new_params: Params, lr: Sequence[float], weight_decay: Sequence[float]) -> None:
+    """p <- p - lr (p - p_new + weight_decay p), in place."""
+    old = list(params.values())
+    steps = torch._foreach_sub(old, [new_params[name] for name in params])
+    if any(weight_decay):
+        torch._foreach_add_(steps, torch._foreach_mul(old, list(weight_decay)))
+    torch._foreach_mul_(steps, list(lr))
+    torch._foreach_sub_(old, steps)
 
 
 def _add_axis(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,9 @@
 """A run whose store is a real S3 server: trained, killed, continued, evaluated."""
 
 import pytest
+import torch
 
+import lopt
 from learner.checkpoints import CheckpointStore
 from tests.launch import TINY_EVALUATION, balanced, cli, launched
 
@@ -32,7 +34,13 @@ def test_a_run_on_s3_survives_its_death_and_is_evaluated(tmp_path, seaweed):
         assert "speed-up IQM" in launch.text
     final = store.latest()
     assert final.version == 60
-    assert store.read_file("optimizer.safetensors") == store.read(final, "theta")
+    (_, exported, origin), (_, theta, _) = map(
+        lopt.decode, (store.read_file("optimizer.safetensors"), store.read(final, "theta"))
+    )
+    assert all(torch.equal(exported[name], theta[name]) for name in theta)
+    assert origin["version"] == 60
+    assert origin["scores"]["final_loss"]["iqm"] >= 0
+    assert {"code", "data", "config", "run"} <= origin.keys()
     results = [path for path in store.list_files("results") if final.blobs["theta"].digest in path]
     assert len(results) == 2
     assert (tmp_path / "runs/remote/report.html").exists()

@@ -1,0 +1,75 @@
+"""The fused update of the per-parameter rules: feature construction, MLP and update without temporaries.
+
+Owns which calls have kernels: C++ on CPUs (``cpu``), Triton on GPUs (``gpu``). ``per_parameter`` holds the reference
+that they equal, and is what runs where there are none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lopt.base import Params, State
+from lopt.kernels import cpu
+from lopt.kernels.columns import SMALL_FC_COLUMNS, VELO_COLUMNS
+
+if TYPE_CHECKING:
+    from lopt.per_parameter import Network, PerParameterRule
+
+MAX_HIDDEN = 32
+_enabled = contextvars.ContextVar("lopt_kernels", default=True)
+
+
+__all__ = ["SMALL_FC_COLUMNS", "VELO_COLUMNS", "apply", "cpu", "reference", "serves", "tensor_statistics", "update"]
+
+
+@contextlib.contextmanager
+def reference() -> Iterator[None]:
+    """Within it, rules use the reference in torch."""
+    token = _enabled.set(False)
+    try:
+        yield
+    finally:
+        _enabled.reset(token)
+
+
+def serves(rule: PerParameterRule, params: Params, hidden: int) -> bool:
+    """Whether there are kernels for this rule and these fp32 parameters; otherwise the reference does it."""
+    return (
+        _enabled.get()
+        and not torch.compiler.is_compiling()
+        and hidden <= MAX_HIDDEN
+        and rule.columns in (SMALL_FC_COLUMNS, VELO_COLUMNS)
+        and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in params.values())
+        and cpu.library() is not None
+    )
+
+
+def update(
+    rule: PerParameterRule, network: Network, state: State, params: Params, grads: Params
+) -> tuple[Params, State]:
+    """One step of every particle: new parameters and accumulators, as ``PerParameterRule.update_particles``."""
+    return cpu.update(rule, network, state, params, grads)
+
+
+def apply(
+    rule: PerParameterRule,
+    network: Network,
+    state: State,
+    params: Params,
+    grads: Params,
+    lr: Sequence[float],
+    weight_decay: Sequence[float],
+) -> None:
+    """The same in place: p <- p - lr (step + weight_decay p), and the accumulators in ``state``, all contiguous."""
+    cpu.apply(rule, network, state, params, grads, lr, weight_decay)
+
+
+def tensor_statistics(state: State, params: Params) -> Tensor:
+    """What VeLO's LSTM sees of every tensor, as ``velo.tensor_statistics``: (P, T, 9)."""
+    return cpu.moments(state, params).to(torch.float32)
