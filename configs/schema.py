@@ -22,7 +22,6 @@ EMBEDDED_DATASETS = ("digits",)
 DATASETS = ("digits", "mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100", "svhn")
 FAMILY_KINDS = ("image_mlp",)
 REPARAM_LEVELS = ("none", "global", "tensor", "parameter")
-LOPTS = ("small_fc_lopt", "celo")
 ESTIMATORS = ("pes", "full_es")
 OBJECTIVES = ("mean", "final")
 META_OPTIMIZERS = ("adam", "adamw")
@@ -49,17 +48,20 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _one_of(field: str, value: str, choices: tuple[str, ...]) -> None:
+def one_of(field: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ConfigError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ConfigError(field, value, f"one of {', '.join(choices)}{did_you_mean(value, choices)}")
 
 
-def _at_least(field: str, value: float, minimum: float) -> None:
+def at_least(field: str, value: float, minimum: float) -> None:
+    """Raise ConfigError unless ``value`` is finite and at least ``minimum``."""
     if not minimum <= value < math.inf:
         raise ConfigError(field, value, f"a number >= {minimum}")
 
 
-def _positive(field: str, value: float) -> None:
+def positive(field: str, value: float) -> None:
+    """Raise ConfigError unless ``value`` is finite and above zero."""
     if not 0 < value < math.inf:
         raise ConfigError(field, value, "a number > 0")
 
@@ -99,12 +101,12 @@ class RunConfig:
             expected = "1 to 64 letters, digits, dots, dashes or underscores, a letter or digit first"
             raise ConfigError("name", self.name, expected)
         _location("log_dir", self.log_dir)
-        _one_of("mode", self.mode, MODES)
+        one_of("mode", self.mode, MODES)
         if not 0 <= self.seed < 2**63:
             raise ConfigError("seed", self.seed, "a whole number from 0 to 2**63 - 1")
-        _at_least("meta_steps", self.meta_steps, 1)
+        at_least("meta_steps", self.meta_steps, 1)
         if self.max_seconds is not None:
-            _positive("max_seconds", self.max_seconds)
+            positive("max_seconds", self.max_seconds)
 
 
 @dataclass(frozen=True)
@@ -129,9 +131,9 @@ class ReparamConfig:
     high: float = 1e3
 
     def __post_init__(self) -> None:
-        _one_of("level", self.level, REPARAM_LEVELS)
-        _positive("low", self.low)
-        _at_least("high", self.high, self.low)
+        one_of("level", self.level, REPARAM_LEVELS)
+        positive("low", self.low)
+        at_least("high", self.high, self.low)
 
 
 @dataclass(frozen=True)
@@ -153,14 +155,14 @@ class FamilyConfig:
     reparam: ReparamConfig = field(default_factory=ReparamConfig)
 
     def __post_init__(self) -> None:
-        _one_of("kind", self.kind, FAMILY_KINDS)
-        _one_of("dataset", self.dataset, DATASETS)
-        _one_of("activation", self.activation, ACTIVATIONS)
-        _at_least("image_size", self.image_size, 2)
-        _at_least("batch_size", self.batch_size, 1)
-        _at_least("noise", self.noise, 0)
+        one_of("kind", self.kind, FAMILY_KINDS)
+        one_of("dataset", self.dataset, DATASETS)
+        one_of("activation", self.activation, ACTIVATIONS)
+        at_least("image_size", self.image_size, 2)
+        at_least("batch_size", self.batch_size, 1)
+        at_least("noise", self.noise, 0)
         for width in self.hidden:
-            _at_least("hidden", width, 1)
+            at_least("hidden", width, 1)
         if not 0 <= self.shift < self.image_size:
             raise ConfigError("shift", self.shift, f"0 <= shift < image_size = {self.image_size}")
 
@@ -181,26 +183,19 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class LoptConfig:
-    """The learned optimizer. ``phase`` is Celo's, ``hidden_size`` small_fc_lopt's; ``init_from`` is a checkpoint."""
+    """The learned optimizer: an architecture of ``lopt``, its constructor's arguments, and a checkpoint to start from.
+
+    Which architectures there are and what each takes is ``lopt``'s to say; ``deploy.config`` asks it.
+    """
 
     name: str = "celo"
-    phase: int | None = None
-    hidden_size: int | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
 
     def __post_init__(self) -> None:
-        _one_of("name", self.name, LOPTS)
-        if self.name == "celo" and self.phase not in (1, 2):
-            raise ConfigError("phase", self.phase, "1 (update rule) or 2 (schedule) for celo")
-        if self.name != "celo" and self.phase is not None:
-            raise ConfigError("phase", self.phase, f"null, because {self.name} has no phases")
-        if self.name == "celo" and self.hidden_size is not None:
-            raise ConfigError("hidden_size", self.hidden_size, "null, because celo has fixed sizes")
-        if self.hidden_size is not None:
-            _at_least("hidden_size", self.hidden_size, 1)
         if self.init_from is not None:
             _location("init_from", self.init_from)
-        elif self.phase == 2:
+        elif self.name == "celo" and self.arguments.get("phase") == 2:
             expected = "a phase 1 checkpoint, because phase 2 learns a schedule for an update rule that exists"
             raise ConfigError("init_from", None, expected)
 
@@ -218,13 +213,13 @@ class EstimatorConfig:
     objective: str = "mean"
 
     def __post_init__(self) -> None:
-        _one_of("name", self.name, ESTIMATORS)
-        _one_of("objective", self.objective, OBJECTIVES)
-        _at_least("num_tasks", self.num_tasks, 1)
-        _positive("sigma", self.sigma)
-        _at_least("window", self.window, 1)
-        _at_least("horizon_low", self.horizon_low, 1)
-        _at_least("horizon_high", self.horizon_high, self.horizon_low)
+        one_of("name", self.name, ESTIMATORS)
+        one_of("objective", self.objective, OBJECTIVES)
+        at_least("num_tasks", self.num_tasks, 1)
+        positive("sigma", self.sigma)
+        at_least("window", self.window, 1)
+        at_least("horizon_low", self.horizon_low, 1)
+        at_least("horizon_high", self.horizon_high, self.horizon_low)
         if self.name == "pes" and self.objective != "mean":
             raise ConfigError("objective", self.objective, "mean, because PES sums the losses of all windows")
 
@@ -251,20 +246,20 @@ class MetaOptimizerConfig:
     max_staleness: int = 4
 
     def __post_init__(self) -> None:
-        _one_of("name", self.name, META_OPTIMIZERS)
-        _one_of("normalize", self.normalize, NORMALIZATIONS)
-        _positive("learning_rate", self.learning_rate)
+        one_of("name", self.name, META_OPTIMIZERS)
+        one_of("normalize", self.normalize, NORMALIZATIONS)
+        positive("learning_rate", self.learning_rate)
         _below_one("beta1", self.beta1)
         _below_one("beta2", self.beta2)
-        _positive("eps", self.eps)
-        _at_least("weight_decay", self.weight_decay, 0)
+        positive("eps", self.eps)
+        at_least("weight_decay", self.weight_decay, 0)
         if self.name == "adam" and self.weight_decay > 0:
             raise ConfigError("weight_decay", self.weight_decay, "0 for adam (adamw decays)")
         for name in ("clip_value", "clip_norm"):
             if getattr(self, name) is not None:
-                _positive(name, getattr(self, name))
-        _at_least("meta_batch", self.meta_batch, 1)
-        _at_least("max_staleness", self.max_staleness, 0)
+                positive(name, getattr(self, name))
+        at_least("meta_batch", self.meta_batch, 1)
+        at_least("max_staleness", self.max_staleness, 0)
 
 
 @dataclass(frozen=True)
@@ -289,11 +284,11 @@ class ClusterConfig:
         if self.address not in ("local", "auto") and not re.fullmatch(r"(\[[0-9A-Fa-f:]+\]|[\w.-]+):\d+", self.address):
             expected = f"local, auto or host:port{did_you_mean(self.address, ('local', 'auto'))}"
             raise ConfigError("address", self.address, expected)
-        _at_least("num_workers", self.num_workers, 1)
-        _at_least("num_evaluators", self.num_evaluators, 0)
-        _at_least("worker_cpus", self.worker_cpus, 0)
-        _at_least("worker_gpus", self.worker_gpus, 0)
-        _positive("startup_seconds", self.startup_seconds)
+        at_least("num_workers", self.num_workers, 1)
+        at_least("num_evaluators", self.num_evaluators, 0)
+        at_least("worker_cpus", self.worker_cpus, 0)
+        at_least("worker_gpus", self.worker_gpus, 0)
+        positive("startup_seconds", self.startup_seconds)
         for name in ("control_port", "learner_metrics_port", "evaluator_metrics_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ConfigError(name, getattr(self, name), "a port number from 0 to 65535")
@@ -315,9 +310,9 @@ class StorageConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _at_least("every", self.every, 1)
-        _at_least("keep_last", self.keep_last, 1)
-        _at_least("keep_every", self.keep_every, 1)
+        at_least("every", self.every, 1)
+        at_least("keep_last", self.keep_last, 1)
+        at_least("keep_every", self.keep_every, 1)
         _location("root", self.root)
         for name, value in self.options.items():
             if name not in CLIENT_OPTIONS:  # the value may be a secret
@@ -336,7 +331,7 @@ class EvaluationTaskConfig:
     num_steps: int = 300
 
     def __post_init__(self) -> None:
-        _at_least("num_steps", self.num_steps, 10)
+        at_least("num_steps", self.num_steps, 10)
         if self.family.reparam.level != "none":
             raise ConfigError("family.reparam.level", self.family.reparam.level, "none: scores are taken as published")
 
@@ -355,9 +350,9 @@ class EvaluationConfig:
         _name("suite", self.suite)
         for name in self.tasks:
             _name("tasks", name)
-        _at_least("seeds", self.seeds, 1)
-        _at_least("every", self.every, 1)
-        _positive("final_seconds", self.final_seconds)
+        at_least("seeds", self.seeds, 1)
+        at_least("every", self.every, 1)
+        positive("final_seconds", self.final_seconds)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,18 @@
 """From Hydra's YAML groups and a command line to a checked ``configs.schema.Config``, and from there to YAML and back.
 
 Owns: how the groups are composed, what an override may say, and how plain YAML values become the typed schema.
-Never states a limit of its own (those are the schema's), never resolves interpolations, never leaves Hydra's global
-state behind and never writes a file. Every error is a ``ConfigError`` that names the full dotted path.
+Never states a limit of its own (those are the schema's and, for ``lopt.arguments``, the architectures'), never resolves
+interpolations, never leaves Hydra's global state behind and never writes a file. Every error is a ``ConfigError`` that
+names the full dotted path.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from importlib import resources
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -22,7 +24,7 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from configs.schema import Config, ConfigError, did_you_mean
+from configs.schema import Config, ConfigError, LoptConfig, did_you_mean
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _PRIVATE = re.compile(r"storage\.options|secret|token|password|credential|(^|[\W_])key\b", re.IGNORECASE)
@@ -48,7 +50,8 @@ def load(overrides: Sequence[str]) -> Config:
     ``lopt=celo_phase2`` chooses an option of a group, ``run.meta_steps=500`` changes a field,
     ``+task.families.mine={dataset: digits}`` adds a named entry and ``~task.families.mine`` removes one. Groups are
     chosen first, then fields are changed from left to right. A mapping changes the fields it names in a section, and
-    replaces a table of named entries (``task.families``, ``evaluation.tasks``, ``storage.options``).
+    replaces a table of named entries (``task.families``, ``evaluation.tasks``, ``lopt.arguments``,
+    ``storage.options``).
 
     Raises ConfigError, which names field, value and expectation.
     """
@@ -204,7 +207,31 @@ def _merged(kind: Any, old: object, new: object) -> object:
 def _config(tree: object) -> Config:
     config = _typed(Config, tree, "")
     assert isinstance(config, Config)  # noqa: S101 - for the type checker
-    return config
+    return replace(config, lopt=_constructible(config.lopt))
+
+
+def _constructible(chosen: LoptConfig) -> LoptConfig:
+    """``chosen``, with arguments of the types that its architecture's constructor names and that it has accepted."""
+    from lopt.checkpoint import ARCHITECTURES  # late, because torch takes a second to import
+
+    if chosen.name not in ARCHITECTURES:
+        raise _unknown("lopt.name", chosen.name, "one of", chosen.name, ARCHITECTURES)
+    kind = ARCHITECTURES[chosen.name]
+    takes, hints = inspect.signature(kind).parameters, get_type_hints(kind.__init__)
+    arguments = {}
+    for name, value in chosen.arguments.items():
+        if name not in takes:
+            raise _unknown(f"lopt.arguments.{name}", value, f"an argument of {chosen.name}:", name, takes)
+        arguments[name] = _typed(hints[name], value, f"lopt.arguments.{name}")
+    for name, parameter in takes.items():
+        if parameter.default is parameter.empty and name not in arguments:
+            expected = f"{_named(hints[name])}, because {chosen.name} has no default for it"
+            raise _refuse(f"lopt.arguments.{name}", None, expected)
+    try:
+        kind(**arguments)
+    except ConfigError as error:
+        raise _refuse(f"lopt.arguments.{error.field}", error.value, error.expected) from None
+    return replace(chosen, arguments=arguments)
 
 
 def _typed(kind: Any, value: Any, path: str) -> Any:

@@ -51,6 +51,7 @@ def run_checks(storage: StorageConfig, data: DataConfig, cluster: ClusterConfig)
         check_python(),
         *check_packages(_requirements(), _installed_version),
         check_compiler(os.environ),
+        check_kernels(),
         check_cpus(cluster, usable_cpus()),
         check_memory(cluster, usable_memory()),
         check_gpus(cluster, cuda_devices()),
@@ -115,6 +116,20 @@ def check_compiler(environment: Mapping[str, str]) -> Check:
         return Check("C++ compiler", "ok", found)
     advice = "install g++ if you want torch.compile (everything else works without)"
     return Check("C++ compiler", "warn", f"none of {', '.join(candidates)}", advice)
+
+
+def check_kernels() -> Check:
+    """The fused kernels that update parameters on CPUs: avx512, avx2 or portable, by what this processor has."""
+    from lopt.kernels import cpu
+
+    name, again = "update kernels", "`make clean setup` (or pip install -e .)"
+    try:
+        build = cpu.build()
+    except (ImportError, OSError) as error:
+        return Check(name, "fail", str(error), f"build them again: {again}")
+    if build is not None:
+        return Check(name, "ok", build)
+    return Check(name, "warn", "built without a C++ compiler: everything works, slower", f"install g++, then {again}")
 
 
 def check_cpus(cluster: ClusterConfig, usable: float) -> Check:

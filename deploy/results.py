@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import lopt
-from configs.schema import Config
+from configs.schema import Config, LoptConfig
 from deploy.config import to_yaml
 from evaluator.actor import read_results
 from evaluator.figures import Series
@@ -64,7 +64,7 @@ def write_report(config: Config, store: CheckpointStore, checkpoint: Checkpoint,
     books = {family: account for family, account in everything.items() if account["received"]}
     data = ReportData(
         run=config.run.name,
-        lopt=config.lopt.name + (f", phase {config.lopt.phase}" if config.lopt.phase else ""),
+        lopt=_named(config.lopt),
         state=state,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         meta_steps=checkpoint.version,
@@ -151,6 +151,11 @@ def _schedule(store: CheckpointStore, checkpoint: Checkpoint) -> dict[str, Serie
         state = schedule | {"iteration": state["iteration"] + 1}
         rates.append(float(rate))
     return {"falling losses": ([t / num_steps for t in range(num_steps)], rates)}
+
+
+def _named(chosen: LoptConfig) -> str:
+    """``celo(phase=1)``: the learned optimizer as one would build it."""
+    return f"{chosen.name}({', '.join(f'{name}={value}' for name, value in chosen.arguments.items())})"
 
 
 def _nonzero(counts: dict[str, int]) -> dict[str, int]:

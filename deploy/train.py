@@ -22,8 +22,8 @@ from deploy.panel import StatusDisplay
 from deploy.results import export_optimizer, score_all, usage, write_report
 from deploy.run import Run
 from deploy.status import StatusSnapshot
-from learner.actor import build_lopt, initial_theta
 from learner.checkpoints import CheckpointStore
+from learner.start import build_lopt, initial_theta
 
 
 def preflight(config: Config) -> CheckpointStore:

@@ -33,6 +33,7 @@ from learner.journal import Journal
 from learner.metrics import LearnerMetrics, LearnerSnapshot
 from learner.progress import Progress
 from learner.provenance import provenance
+from learner.start import build_lopt, initial_theta
 
 RENEW_SECONDS = 4.0
 POLL_SECONDS = 5.0
@@ -439,19 +440,3 @@ class Learner:
             checkpoint_timestamp=self._checkpoint_time,
             paused=self._paused,
         )
-
-
-def build_lopt(config: Config) -> lopt.LearnedOptimizer:
-    """The learned optimizer that ``config`` names."""
-    chosen = {"phase": config.lopt.phase, "hidden_size": config.lopt.hidden_size}
-    return lopt.build(config.lopt.name, **{name: value for name, value in chosen.items() if value is not None})
-
-
-def initial_theta(rule: lopt.LearnedOptimizer, config: Config) -> lopt.Theta:
-    """Fresh meta-parameters from the run's seed, or those of ``lopt.init_from`` (another phase's, say)."""
-    if config.lopt.init_from is None:
-        return rule.init_theta(torch.Generator().manual_seed(config.run.seed))
-    found, theta, _ = lopt.read(config.lopt.init_from)
-    if found.name != rule.name or found.spec.digest != rule.spec.digest:
-        raise ConfigError("lopt.init_from", config.lopt.init_from, f"a checkpoint of {rule.name}, found {found.name}")
-    return theta

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from lopt import mup
 from lopt.base import Argument, LearnedOptimizer, Params, State, Theta, ThetaEntry, ThetaError, ThetaSpec
@@ -31,7 +32,11 @@ from lopt.optimizer import Optimizer
 from lopt.rnn_mlp import RnnMlp
 from lopt.small_fc import SmallFcLopt
 from lopt.star import Star
+from lopt.trace import Trace, record
 from lopt.velo import Velo
+
+if TYPE_CHECKING:
+    from lopt.figures import plot
 
 
 def load(
@@ -44,6 +49,15 @@ def load(
     """
     lopt, theta, _ = read(source, architecture, **arguments)
     return functools.partial(Optimizer, lopt=lopt, theta=theta)
+
+
+def __getattr__(name: str) -> Any:
+    """``plot`` is imported by whoever asks for it: matplotlib takes longer than all the rest."""
+    if name == "plot":
+        from lopt.figures import plot
+
+        return plot
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [
@@ -68,6 +82,7 @@ __all__ = [
     "ThetaEntry",
     "ThetaError",
     "ThetaSpec",
+    "Trace",
     "Velo",
     "build",
     "decode",
@@ -77,7 +92,9 @@ __all__ = [
     "from_hub",
     "load",
     "mup",
+    "plot",
     "push_to_hub",
     "read",
+    "record",
     "theta_from_jax",
 ]

@@ -85,9 +85,9 @@ class ThetaSpec:
         lead, start, theta = flat.shape[:-1], 0, {}
         for entry in self.entries:
             if entry.frozen:
-                theta[entry.name] = frozen[entry.name].expand(*lead, *entry.shape)
+                theta[entry.name] = frozen[entry.name].expand((*lead, *entry.shape))
             else:
-                theta[entry.name] = flat[..., start : start + entry.size].reshape(*lead, *entry.shape)
+                theta[entry.name] = flat[..., start : start + entry.size].reshape((*lead, *entry.shape))
                 start += entry.size
         return theta
 

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from configs.schema import ConfigError
 from lopt import kernels, recurrent, schedule
 from lopt.accumulators import fixed_decays, init_accumulators
 from lopt.base import Argument, Params, State, Theta, ThetaEntry, ThetaSpec
@@ -44,7 +45,7 @@ class Celo(PerParameterRule):
 
     def __init__(self, phase: int) -> None:
         if phase not in (1, 2):
-            raise ValueError(f"phase = {phase!r}: expected 1 (update rule) or 2 (schedule)")
+            raise ConfigError("phase", phase, "1 (update rule) or 2 (schedule)")
         self.phase = phase
         self.needs_loss = self.needs_horizon = phase == 2
         rule = phase == 1

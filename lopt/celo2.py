@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from configs.schema import did_you_mean
+from configs.schema import one_of
 from lopt import chunked
 from lopt.accumulators import (
     ADAFACTOR_DECAYS,
@@ -84,10 +84,7 @@ class Celo2(LearnedOptimizer):
     def __init__(
         self, orthogonalize: bool = True, layout: str = "torch", adam_names: str = "*embed*", compat: bool = False
     ) -> None:
-        if layout not in LAYOUTS:
-            raise ValueError(
-                f"layout = {layout!r}: expected one of {', '.join(LAYOUTS)}{did_you_mean(layout, LAYOUTS)}"
-            )
+        one_of("layout", layout, LAYOUTS)
         self.orthogonalize, self.layout, self.adam_names, self.compat = orthogonalize, layout, adam_names, compat
         self.spec = ThetaSpec(mlp_entries(NUM_COLUMNS, HIDDEN, HIDDEN, 3))
 

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from configs.schema import at_least
 from lopt.accumulators import as_vector, decayed
 from lopt.base import Argument, LearnedOptimizer, Params, State, Theta, ThetaSpec
 from lopt.features import TIMESCALES, init_weights, mlp, mlp_entries, mlp_layers, step, time_features
@@ -29,6 +30,7 @@ class MlpLopt(LearnedOptimizer):
     }
 
     def __init__(self, hidden_size: int = 32) -> None:
+        at_least("hidden_size", hidden_size, 1)
         self.hidden_size = hidden_size
         self.spec = ThetaSpec(mlp_entries(NUM_COLUMNS + len(TIMESCALES), hidden_size, hidden_size, 2))
 

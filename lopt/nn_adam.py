@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from configs.schema import at_least
 from lopt.accumulators import align, as_vector, decayed
 from lopt.base import Argument, LearnedOptimizer, Params, State, Theta, ThetaEntry, ThetaSpec
 from lopt.features import clipped_log, init_weights, moments
@@ -48,6 +49,7 @@ class NNAdam(LearnedOptimizer):
     }
 
     def __init__(self, lstm_size: int = 32) -> None:
+        at_least("lstm_size", lstm_size, 1)
         self.lstm_size = lstm_size
         self.spec = ThetaSpec(
             (

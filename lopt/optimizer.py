@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from lopt import distributed, fp32, guard_rails, optimizer_state
+from lopt import distributed, fp32, guard_rails, optimizer_state, trace
 from lopt.base import LearnedOptimizer, Theta
 from lopt.distributed import ProcessGroup
 from lopt.guard_rails import GRAD_SUM, MAX_STEPS, Progress
@@ -110,7 +110,8 @@ class Optimizer(torch.optim.Optimizer):
         device = self._device(chosen.params)
         value = self._training_loss(loss, device)
         if self.lopt.needs_loss:
-            value = distributed.average(value, self.process_group)
+            if chosen.params:
+                value = distributed.average(value, self.process_group)
             if not math.isfinite(value.item()):
                 raise ValueError(f"loss = {value.item()}: expected a finite number; no parameter was changed")
         if not chosen.params:
@@ -197,7 +198,7 @@ class Optimizer(torch.optim.Optimizer):
         with fp32.arithmetic(loss.device):
             plan = self._planned(chosen.params, moved)
             names = plan.names
-            state = distributed.spread(self.lopt, moved).apply(
+            state = trace.observed(self, distributed.spread(self.lopt, moved)).apply(
                 plan.theta,
                 plan.gather(),
                 dict(zip(names, moved, strict=True)),

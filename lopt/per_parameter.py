@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lopt import kernels
+from lopt import kernels, trace
 from lopt.accumulators import Decays, Statistics, align, as_vector, update_accumulators
 from lopt.base import LearnedOptimizer, Params, State, Theta, move
 from lopt.chunked import outputs
@@ -63,7 +63,7 @@ class PerParameterRule(LearnedOptimizer):
         self, theta: Theta, state: State, params: Params, grads: Params, loss: Tensor
     ) -> tuple[Params, State]:
         network, new_state = self.network(theta, state, params, grads, loss)
-        if kernels.serves(self, params, network.weights[0].shape[-1]):
+        if kernels.serves(self, params, network.weights):
             new_params, accumulators = kernels.update(self, network, state, params, grads)
             return new_params, new_state | accumulators
         new_params, accumulators = self._reference(network, state, params, grads)
@@ -95,7 +95,7 @@ class PerParameterRule(LearnedOptimizer):
             {name: leaf.unsqueeze(0) for name, leaf in tree.items()} for tree in (theta, state, params, grads)
         )
         network, new_state = self.network(one_theta, one_state, one_params, one_grads, loss.unsqueeze(0))
-        if kernels.serves(self, one_params, network.weights[0].shape[-1]):
+        if kernels.serves(self, one_params, network.weights):
             kernels.apply(self, network, one_state, one_params, one_grads, lr, weight_decay)
         else:
             new_params, accumulators = self._reference(network, one_state, one_params, one_grads)
@@ -111,6 +111,7 @@ class PerParameterRule(LearnedOptimizer):
         if self.parameter_scaled:
             factor = factor * torch.sqrt(p.flatten(1).square().mean(-1) + 1e-9)
         out = outputs(network.weights, network.biases, self.blocks, p, g, statistics)
+        trace.note_outputs(name, out)
         return p - step(out, factor), accumulators
 
     def clipped(self, g: Tensor) -> Tensor:

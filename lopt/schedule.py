@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lopt import loss_features, recurrent
+from lopt import loss_features, recurrent, trace
 from lopt.base import State, Theta, ThetaEntry
 
 SIZE = 64
@@ -40,4 +40,6 @@ def update(theta: Theta, state: State, loss: Tensor) -> tuple[State, Tensor]:
         theta, x.unsqueeze(1), state["lstm.hidden"].unsqueeze(1), state["lstm.cell"].unsqueeze(1)
     )
     new = {"num_steps": state["num_steps"], "lstm.hidden": hidden.squeeze(1), "lstm.cell": cell.squeeze(1)}
-    return losses | new, torch.exp(step_size.squeeze(1)) * 0.1
+    factor = torch.exp(step_size.squeeze(1)) * 0.1
+    trace.note("schedule", factor)
+    return losses | new, factor

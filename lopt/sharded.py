@@ -18,115 +18,23 @@ parameter is the same on all processes, and plain tensors.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor import DTensor
 
 from lopt import fp32
 from lopt.accumulators import AxisMeans, Factored, Statistics, as_vector, factored_axes, update_accumulators
 from lopt.base import LearnedOptimizer, Params, State, Theta, move
 from lopt.chunked import chunk_axis, chunks, outputs
 from lopt.features import moments, normalizer, square_sums
+from lopt.layout import Key, Layout, Sums, add_up, local
 from lopt.per_parameter import Network, PerParameterRule, step
 from lopt.velo import Velo
 
 ACCUMULATORS = ("m", "v", "row", "col", "diag")
-MeshDim = tuple[DeviceMesh, int]
-"""One dimension of a mesh: the processes that a sum goes over."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a tensor lies on the processes: its whole shape, and what each dimension of the mesh does to it.
-
-    ``mesh`` is None for a plain tensor, which every process has all of.
-    """
-
-    shape: tuple[int, ...]
-    mesh: DeviceMesh | None
-    placements: tuple[Placement, ...]
-
-    @classmethod
-    def of(cls, x: Tensor) -> Layout:
-        if isinstance(x, DTensor):
-            return cls(tuple(x.shape), x.device_mesh, tuple(x.placements))
-        return cls(tuple(x.shape), None, ())
-
-    def cuts(self, *axes: int) -> list[MeshDim]:
-        """The mesh dimensions over which sums along these axes of the parts have to be added up."""
-        if self.mesh is None:
-            return []
-        cut = [dim for dim, placement in enumerate(self.placements) if _axis(placement) in axes]
-        return [(self.mesh, dim) for dim in cut if self.mesh.size(dim) > 1]
-
-    def leaf(self, shape: Sequence[int], axes: Sequence[int | None]) -> Layout:
-        """Of a leaf whose dimensions are these axes of the tensor, or none of it (None), wherever those are cut."""
-        to = {axis: i for i, axis in enumerate(axes) if axis is not None}
-        return Layout(tuple(shape), self.mesh, tuple(_moved(placement, to) for placement in self.placements))
-
-    def place(self, x: Tensor) -> Tensor:
-        """A tensor with this layout, ``x`` itself if it has it already; plain tensors are taken to be whole."""
-        if self.mesh is None:
-            return x
-        if not isinstance(x, DTensor):
-            x = DTensor.from_local(x, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
-        return x if x.placements == self.placements else x.redistribute(self.mesh, self.placements)
-
-    def part(self, x: Tensor) -> Tensor:
-        """This process's part of a tensor, as ``place`` lays it out."""
-        return _local(self.place(x))
-
-    def wrap(self, part: Tensor) -> Tensor:
-        """The inverse: the DTensor of which this process holds ``part``."""
-        if self.mesh is None:
-            return part
-        strides = torch.empty(self.shape, device="meta").stride()
-        return DTensor.from_local(
-            part, self.mesh, self.placements, run_check=False, shape=torch.Size(self.shape), stride=strides
-        )
-
-
-def _axis(placement: Placement) -> int | None:
-    """The axis that is cut; None: none is."""
-    return getattr(placement, "dim", None)
-
-
-def _moved(placement: Placement, to: dict[int, int]) -> Placement:
-    """The placement of a leaf for which the tensor's axis ``axis`` is ``to[axis]``."""
-    axis = _axis(placement)
-    if axis is None or axis not in to:
-        return Replicate()
-    if isinstance(placement, _StridedShard):  # where FSDP2 cuts what tensor parallelism has cut
-        return _StridedShard(to[axis], split_factor=placement.split_factor)
-    return Shard(to[axis])
-
-
-Key = tuple[str, str]
-Sums = dict[Key, tuple[Tensor, list[MeshDim]]]
-"""This process's share of sums, and what they have to be added up over."""
-
-
-def add_up(sums: Sums) -> dict[Key, Tensor]:
-    """The sums over all processes, by one all-reduce per mesh dimension."""
-    totals = {key: share.double() for key, (share, _) in sums.items()}
-    members: dict[MeshDim, list[Key]] = {}
-    for key, (_, cuts) in sums.items():
-        for cut in cuts:
-            members.setdefault(cut, []).append(key)
-    for (mesh, dim), keys in members.items():
-        # parameters that are offloaded to the CPU are still reduced on the mesh's devices
-        flat = torch.cat([totals[key].flatten() for key in keys]).to(mesh.device_type)
-        dist.all_reduce(flat, group=mesh.get_group(dim))
-        parts = torch.split(flat.to(totals[keys[0]].device), [totals[key].numel() for key in keys])
-        totals |= {key: part.view_as(totals[key]) for key, part in zip(keys, parts, strict=True)}
-    return {key: totals[key].to(share.dtype) for key, (share, _) in sums.items()}
 
 
 class Sharded(ABC):
@@ -180,26 +88,23 @@ class Elementwise(Sharded):
     ) -> State:
         layouts = {name: Layout.of(p) for name, p in params.items()}
         parts, grad_parts = ({name: layouts[name].part(x) for name, x in xs.items()} for xs in (params, grads))
-        local = {}
-        for key, leaf in state.items():
-            layout = layouts.get(_tensor(key))
-            local[key] = leaf if layout is None else self._leaf(layout, leaf).part(leaf)
+        cut = {key: layout.part(state[key]) for key, layout in self._leaves(state, layouts)}
         moved = _fp32(parts)
-        new_state = self.rule.apply(theta, local, moved, _fp32(grad_parts), loss, lr, weight_decay)
+        new_state = self.rule.apply(theta, state | cut, moved, _fp32(grad_parts), loss, lr, weight_decay)
         _write_back(parts, moved)
         return self._wrapped(new_state, layouts)
 
     def _wrapped(self, state: State, layouts: dict[str, Layout]) -> State:
-        found = {}
-        for key, leaf in state.items():
-            layout = layouts.get(_tensor(key))
-            found[key] = leaf if layout is None else self._leaf(layout, leaf).wrap(leaf)
-        return found
+        return state | {key: layout.wrap(state[key]) for key, layout in self._leaves(state, layouts)}
 
-    def _leaf(self, layout: Layout, leaf: Tensor) -> Layout:
-        """Of a leaf, all of it or a part."""
-        lead, axes = leaf.ndim - len(layout.shape), range(len(layout.shape))
-        return layout.leaf((*leaf.shape[:lead], *layout.shape), [*[None] * lead, *axes])
+    def _leaves(self, state: State, layouts: dict[str, Layout]) -> Iterator[tuple[str, Layout]]:
+        """The leaves, whole or in parts, that belong to a tensor: their kind is there for every tensor."""
+        kinds = dict.fromkeys(key.partition("/")[0] for key in state)
+        for kind in [kind for kind in kinds if all(f"{kind}/{name}" in state for name in layouts)]:
+            for name, layout in layouts.items():
+                rank, leaf = len(layout.shape), state[f"{kind}/{name}"]
+                lead = leaf.ndim - rank
+                yield f"{kind}/{name}", layout.leaf((*leaf.shape[:lead], *layout.shape), [*[None] * lead, *range(rank)])
 
 
 class Gathered(Sharded):
@@ -279,9 +184,9 @@ class PerParameter(Sharded):
             for key, leaf in state.items()
             if key.partition("/")[0] in ACCUMULATORS
         }
-        local, local_grads = ({name: layouts[name].part(x) for name, x in xs.items()} for xs in (params, grads))
-        moved, local_grads = _fp32(local), _fp32(local_grads)
-        parts = [_Part(self.rule, name, layouts[name], moved[name], local_grads[name], state) for name in params]
+        own, own_grads = ({name: layouts[name].part(x) for name, x in xs.items()} for xs in (params, grads))
+        moved, own_grads = _fp32(own), _fp32(own_grads)
+        parts = [_Part(self.rule, name, layouts[name], moved[name], own_grads[name], state) for name in params]
         totals = add_up({key: share for part in parts for key, share in part.axis_sums().items()})
         network, new_state = self._network(theta, state, layouts, loss, totals)
         for t, part in enumerate(parts):
@@ -289,7 +194,7 @@ class PerParameter(Sharded):
         totals = add_up({key: share for part in parts for key, share in part.column_sums().items()})
         for part, rate, decay in zip(parts, lr, weight_decay, strict=True):
             part.move(totals, rate, decay)
-        _write_back(local, moved)
+        _write_back(own, moved)
         return state | {key: leaf.squeeze(0) for key, leaf in new_state.items()}
 
     def _network(
@@ -319,7 +224,7 @@ class _Part:
         self.axes = factored_axes(self.shape)
         self.p, self._g = (as_vector(x.unsqueeze(0)) for x in (p, g))
         keys = [f"{kind}/{name}" for kind in ACCUMULATORS]
-        self.state = {key: _local(state[key]).unsqueeze(0) for key in keys if key in state}
+        self.state = {key: local(state[key]).unsqueeze(0) for key in keys if key in state}
 
     @property
     def g(self) -> Tensor:
@@ -412,12 +317,8 @@ def _kept_axes(key: str, shape: tuple[int, ...]) -> list[int | None]:
 
 
 def _tensor(key: str) -> str:
-    """The tensor that a leaf ``kind/name`` of the state belongs to; of others, no tensor's name."""
+    """The tensor that a leaf ``kind/name`` of the state belongs to."""
     return key.partition("/")[2]
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _fp32(tensors: Params) -> Params:

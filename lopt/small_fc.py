@@ -6,12 +6,12 @@ optimizers", the ``small_fc_lopt`` of PyLO), with meta-learned decays. 197 meta-
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from configs.schema import at_least, positive
 from lopt import kernels
 from lopt.accumulators import DECAYS, init_accumulators, learned_decays
 from lopt.base import Argument, Params, State, Theta, ThetaEntry, ThetaSpec
@@ -37,8 +37,8 @@ class SmallFcLopt(PerParameterRule):
     }
 
     def __init__(self, hidden_size: int = 4, step_mult: float = STEP_MULT) -> None:
-        if not (math.isfinite(step_mult) and step_mult > 0):
-            raise ValueError(f"step_mult = {step_mult!r}: expected a number > 0")
+        at_least("hidden_size", hidden_size, 1)
+        positive("step_mult", step_mult)
         self.hidden_size, self.step_mult = hidden_size, step_mult
         self.spec = ThetaSpec(
             (

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from configs.schema import did_you_mean
+from configs.schema import at_least, one_of
 from lopt import chunked, features, kernels
 from lopt.accumulators import (
     DECAYS,
@@ -68,11 +68,10 @@ class Star(LearnedOptimizer):
         normalize_blackbox: bool = False,
         selfnormalize_blackbox: bool = False,
     ) -> None:
-        if nominal_grad_estimator not in GRAD_ESTIMATORS:
-            raise ValueError(
-                f"nominal_grad_estimator = {nominal_grad_estimator!r}: expected one of {', '.join(GRAD_ESTIMATORS)}"
-                f"{did_you_mean(nominal_grad_estimator, GRAD_ESTIMATORS)}"
-            )
+        at_least("hidden_size", hidden_size, 1)
+        at_least("nominal_stepsize", nominal_stepsize, 0)
+        at_least("weight_decay", weight_decay, 0)
+        one_of("nominal_grad_estimator", nominal_grad_estimator, GRAD_ESTIMATORS)
         self.hidden_size = hidden_size
         self.nominal_stepsize, self.weight_decay = nominal_stepsize, weight_decay
         self.nominal_controller, self.regularization_controller = nominal_controller, regularization_controller

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lopt import kernels, loss_features, recurrent
+from configs.schema import at_least
+from lopt import kernels, loss_features, recurrent, trace
 from lopt.accumulators import as_vector, fixed_decays, init_accumulators, safe_rsqrt
 from lopt.base import Argument, Params, State, Theta, ThetaEntry, ThetaSpec
 from lopt.features import STEP_MULT, clipped_log, init_weights, mlp_entries, moments
@@ -54,9 +55,8 @@ class Velo(PerParameterRule):
     }
 
     def __init__(self, lstm_size: int = 512, bank_size: int = 256, compat: bool = False) -> None:
-        for field, value in (("lstm_size", lstm_size), ("bank_size", bank_size)):
-            if value < 1:
-                raise ValueError(f"{field} = {value!r}: expected a number >= 1")
+        at_least("lstm_size", lstm_size, 1)
+        at_least("bank_size", bank_size, 1)
         self.lstm_size, self.bank_size, self.compat = lstm_size, bank_size, compat
         self.spec = ThetaSpec(
             (
@@ -104,11 +104,12 @@ class Velo(PerParameterRule):
             **loss_features.update(state, loss),
         }
         if statistics is None:
-            served = kernels.serves(self, params, hidden=4)
+            served = kernels.serves(self, params, [theta["mlp.w0"]])
             statistics = kernels.tensor_statistics(state, params) if served else tensor_statistics(state, params)
         x = self._inputs(state, new_state, params, statistics)
         hidden, cell = (recurrent.rows(state, kind, params) for kind in LSTM_STATE)
         hidden, cell, step_size = recurrent.advance(theta, x, hidden, cell)
+        trace.note("step_factor", step_size)
         for kind, rows in zip(LSTM_STATE, (hidden, cell), strict=True):
             new_state |= recurrent.per_tensor(kind, params, rows)
         weights, biases = _mixed(theta, recurrent.linear(hidden, theta["controls.w"], theta["controls.b"]))

@@ -98,15 +98,16 @@ def test_the_recipes_are_the_papers() -> None:
     assert (adamw.normalize, adamw.clip_value, adamw.clip_norm) == ("none", None, None)
     second = load(["experiment=celo_phase2", "task.data.root=/data", "lopt.init_from=/theta"])
     assert replace(second, lopt=celo.lopt, run=celo.run) == celo
-    assert (celo.lopt.phase, second.lopt.phase, second.lopt.init_from) == (1, 2, "/theta")
+    assert (celo.lopt.arguments, second.lopt.arguments) == ({"phase": 1}, {"phase": 2})
+    assert second.lopt.init_from == "/theta"
     velo = load(["meta_optimizer=adam"]).meta_optimizer
     assert (velo.name, velo.learning_rate, velo.clip_value, velo.normalize) == ("adam", 3e-4, 3.0, "unit")
-    assert load(["lopt=small_fc_lopt"]).lopt == schema.LoptConfig("small_fc_lopt", hidden_size=4)
+    assert load(["lopt=small_fc_lopt"]).lopt == schema.LoptConfig("small_fc_lopt", {"hidden_size": 4})
 
 
 def test_quick_has_two_workers_an_evaluator_and_data_that_needs_no_download() -> None:
     config = load(["experiment=quick"])
-    assert (config.lopt.name, config.lopt.phase, config.estimator.name) == ("celo", 1, "pes")
+    assert (config.lopt, config.estimator.name) == (schema.LoptConfig("celo", {"phase": 1}), "pes")
     assert (config.cluster.address, config.cluster.num_workers, config.cluster.num_evaluators) == ("local", 2, 1)
     assert config.evaluation.tasks
     assert config.run.meta_steps >= config.evaluation.every  # at least one evaluation before the last
@@ -133,7 +134,9 @@ def test_evaluation_tasks_are_held_out_and_have_a_loss_floor(default: Config) ->
 def test_every_field_can_be_set_from_the_command_line(default: Config) -> None:
     config = load(["storage.options={endpoint_url: 'http://h:1', region: r, anon: true}"])
     paths = dict(leaves(to_dict(config)))
-    assert set(schema_paths(Config)) == {re.sub(r"(families|tasks|options)\.\w+", r"\1.*", path) for path in paths}
+    assert set(schema_paths(Config)) == {
+        re.sub(r"(families|tasks|options|arguments)\.\w+", r"\1.*", path) for path in paths
+    }
     written = [f"'{value}'" if isinstance(value, str) else json.dumps(value) for value in paths.values()]
     assert load([f"{path}={value}" for path, value in zip(paths, written, strict=True)]) == config
 
@@ -178,6 +181,23 @@ def test_a_mapping_changes_a_section_and_replaces_a_table(default: Config) -> No
     config = load(["task={families: {only: {hidden: [8]}}}", "task.families.only={batch_size: 7}"])
     assert config.task.families == {"only": schema.FamilyConfig(hidden=[8], batch_size=7)}
     assert config.task.data == default.task.data
+
+
+def test_an_argument_of_the_learned_optimizer_is_changed_or_added_by_its_name() -> None:
+    overrides = [
+        "lopt=star",
+        "lopt.arguments.hidden_size=8",
+        "lopt.arguments.weight_decay=0",
+        "lopt.arguments.normalize_blackbox=false",
+    ]
+    before, after = (
+        load(["lopt=star"]).lopt.arguments,
+        load([*overrides, "lopt.arguments.nominal_grad_estimator=SGD"]).lopt.arguments,
+    )
+    changes = {"hidden_size": 8, "weight_decay": 0.0, "normalize_blackbox": False, "nominal_grad_estimator": "SGD"}
+    assert after == before | changes
+    assert type(after["weight_decay"]) is float
+    assert load(["lopt=velo", "lopt.arguments={bank_size: 4}"]).lopt.arguments == {"bank_size": 4}
 
 
 def test_an_option_of_the_storage_client_can_be_taken_back() -> None:
@@ -261,6 +281,15 @@ families = st.builds(
     shift=st.integers(0, 9),
     noise=st.floats(0, 1e9),
 )
+star_arguments = st.fixed_dictionaries(
+    {},
+    optional={
+        "hidden_size": st.integers(1, 2**20),
+        "nominal_stepsize": st.floats(0, 1e9),
+        "nominal_controller": st.booleans(),
+        "nominal_grad_estimator": st.sampled_from(["SGD", "Adam"]),
+    },
+)
 configs = st.builds(
     Config,
     task=st.builds(
@@ -268,7 +297,8 @@ configs = st.builds(
         data=st.builds(schema.DataConfig, root=st.none() | text, cache=text),
         families=st.dictionaries(names, families, min_size=1, max_size=3),
     ),
-    lopt=st.builds(schema.LoptConfig, name=st.just("celo"), phase=st.just(2), init_from=text),
+    lopt=st.builds(schema.LoptConfig, name=st.just("celo"), arguments=st.just({"phase": 2}), init_from=text)
+    | st.builds(schema.LoptConfig, name=st.just("star"), arguments=star_arguments, init_from=st.none() | text),
     run=st.builds(
         schema.RunConfig,
         name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True),

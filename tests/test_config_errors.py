@@ -66,9 +66,9 @@ def planted(config: Config, path: str, value: object) -> str:
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("lopt=cello", ["lopt = 'cello'", "celo_phase1, celo_phase2, small_fc_lopt", "did you mean 'celo_phase"]),
+        ("lopt=cello", ["lopt = 'cello'", "celo_phase1, celo_phase2, fromage", "did you mean 'celo"]),
         ("experiment=qiuck", ["experiment = 'qiuck'", "sync", "did you mean 'quick'?"]),
-        ("lopt=null", ["lopt = None", "one of celo_phase1"]),
+        ("lopt=null", ["lopt = None", "one of adabelief"]),
         ("lpot=celo_phase1", ["lpot = 'celo_phase1'", "task, lopt, run", "did you mean 'lopt'?"]),
         ("estimator.widnow=3", ["estimator.widnow = 3", "sigma, window", "did you mean 'window'?"]),
         ("+estimator.widnow=3", ["estimator.widnow = 3", "did you mean 'window'?"]),
@@ -147,8 +147,22 @@ def planted(config: Config, path: str, value: object) -> str:
         ("run.mode=sync", ["meta_optimizer.meta_batch = 4", "cluster.num_workers = 2"]),
         ("cluster.address=lcoal", ["cluster.address = 'lcoal'", "host:port", "did you mean 'local'?"]),
         ("cluster.control_port=65536", ["cluster.control_port = 65536", "0 to 65535"]),
-        ("lopt.phase=2", ["lopt.init_from = None", "a phase 1 checkpoint"]),
-        ("lopt.phase=3", ["lopt.phase = 3", "1 (update rule)"]),
+        ("lopt.name=cello", ["lopt.name = 'cello'", "one of small_fc_lopt, mulo", "did you mean 'celo'?"]),
+        ("lopt.name=star", ["lopt.arguments.phase = 1", "an argument of star: hidden_size"]),
+        ("lopt.phase=2", ["lopt.phase = 2", "a field of lopt: name, arguments, init_from"]),
+        ("lopt.arguments.phase=2", ["lopt.init_from = None", "a phase 1 checkpoint"]),
+        ("lopt.arguments.phase=3", ["lopt.arguments.phase = 3", "1 (update rule)"]),
+        ("lopt.arguments.phase='1'", ["lopt.arguments.phase = '1'", "a whole number"]),
+        ("lopt.arguments.phase=true", ["lopt.arguments.phase = True", "a whole number"]),
+        ("lopt.arguments.phase=null", ["lopt.arguments.phase = None", "a plain value"]),
+        ("lopt.arguments.phase=[1]", ["lopt.arguments.phase = [1]", "a plain value"]),
+        ("lopt.arguments.phsae=1", ["lopt.arguments.phsae = 1", "an argument of celo: phase", "did you mean 'phase'?"]),
+        ("~lopt.arguments.phase", ["lopt.arguments.phase = None", "a whole number, because celo has no default"]),
+        ("lopt={name: velo, arguments: {lstm_size: 0}}", ["lopt.arguments.lstm_size = 0", "a number >= 1"]),
+        ("lopt={name: velo, arguments: {compat: 1}}", ["lopt.arguments.compat = 1", "true or false"]),
+        ("lopt={name: mulo, arguments: {step_mult: -1}}", ["lopt.arguments.step_mult = -1.0", "a number > 0"]),
+        ("lopt={name: adam, arguments: {log_spcae: true}}", ["lopt.arguments.log_spcae = True", "'log_space'?"]),
+        ("lopt={name: celo_adam, arguments: {phase: 1}}", ["lopt.arguments.phase = 1", "celo_adam: (none)"]),
         ("meta_optimizer.beta2=1", ["meta_optimizer.beta2 = 1.0", "[0, 1)"]),
     ],
 )
@@ -208,7 +222,7 @@ def test_no_field_accepts_what_has_no_meaning(default: Config, value: object) ->
 
 
 def test_null_is_refused_where_the_schema_does_not_allow_it(default: Config) -> None:
-    optional = {"task.data.root", "lopt.phase", "lopt.hidden_size", "lopt.init_from", "run.max_seconds"}
+    optional = {"task.data.root", "lopt.init_from", "run.max_seconds"}
     optional |= {"meta_optimizer.clip_value", "meta_optimizer.clip_norm"}
     for path, _ in leaves(to_dict(default)):
         if path not in optional:
@@ -218,7 +232,7 @@ def test_null_is_refused_where_the_schema_does_not_allow_it(default: Config) -> 
 
 def test_an_unknown_key_is_refused_in_every_section_of_a_stored_configuration(default: Config) -> None:
     sections = {path.rpartition(".")[0] for path, _ in leaves(to_dict(default))}
-    assert {"run", "task.data", "task.families.digits_mlp32.reparam"} <= sections
+    assert {"run", "task.data", "task.families.digits_mlp32.reparam", "lopt.arguments"} <= sections
     for section in sections:
         with pytest.raises(ConfigError, match=re.escape(f"{section}.unheard_of = 1")):
             from_yaml(planted(default, f"{section}.unheard_of", 1))
@@ -249,8 +263,8 @@ def test_names_that_become_labels_and_files_are_plain(default: Config, name: str
         ("a: 2020-99-99", "config = 'text': expected YAML"),
         ("\x00", "config = 'text': expected YAML"),
         ("a: !!python/object/apply:os.system ['exit 1']", "config = 'line 1': expected YAML"),
-        ("lopt: {name: celo, phase: 1}", "task = None: expected a section with data, families"),
-        ("task: {families: {a: {}}}", "lopt = None: expected a section with name, phase"),
+        ("lopt: {name: celo}", "task = None: expected a section with data, families"),
+        ("task: {families: {a: {}}}", "lopt = None: expected a section with name, arguments, init_from"),
     ],
 )
 def test_a_damaged_stored_configuration_is_refused(text: str, part: str) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from configs.schema import ClusterConfig, DataConfig, StorageConfig
 from deploy import doctor
 from deploy.doctor import Check
+from lopt import kernels
 
 LOCAL = ClusterConfig(num_workers=4, worker_cpus=2.0)
 REMOTE = replace(LOCAL, address="head:6379")
@@ -34,8 +35,8 @@ def test_a_good_machine_passes_every_check(tmp_path, monkeypatch):
     names = [check.name for check in checks]
     assert len(set(names)) == len(names)
     assert {
-        "python", "C++ compiler", "CPU cores", "memory", "CUDA devices", "shared memory", "RAY_AUTH_MODE",
-        "Ray temp dir", "checkpoint store", "data root", "data cache", "cluster.control_port",
+        "python", "C++ compiler", "update kernels", "CPU cores", "memory", "CUDA devices", "shared memory",
+        "RAY_AUTH_MODE", "Ray temp dir", "checkpoint store", "data root", "data cache", "cluster.control_port",
         "cluster.learner_metrics_port", "cluster.evaluator_metrics_port",
     } <= set(names)  # fmt: skip
 
@@ -82,6 +83,22 @@ def test_a_compiler_is_looked_for_where_torch_looks():
     assert doctor.check_compiler({"CXX": "sh -x"}).status == "ok"
     missing = doctor.check_compiler({"CXX": "no-such-compiler"})
     assert summary(missing) == ("warn", "none of no-such-compiler")
+
+
+def test_kernels_that_were_not_built_cost_speed_and_broken_ones_stop_a_run(monkeypatch):
+    assert doctor.check_kernels().status == ("ok" if kernels.cpu.build() else "warn")
+    monkeypatch.setattr(kernels.cpu, "build", lambda: "avx2")
+    assert doctor.check_kernels() == Check("update kernels", "ok", "avx2")
+    monkeypatch.setattr(kernels.cpu, "build", lambda: None)
+    missing = doctor.check_kernels()
+    assert summary(missing) == ("warn", "built without a C++ compiler: everything works, slower")
+    assert "install g++" in missing.advice
+
+    def stale():
+        raise ImportError("_rules.so was built from other sources")
+
+    monkeypatch.setattr(kernels.cpu, "build", stale)
+    assert summary(doctor.check_kernels()) == ("fail", "_rules.so was built from other sources")
 
 
 def test_too_few_cores_or_too_little_memory_warn_for_a_local_cluster_only():

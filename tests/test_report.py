@@ -89,7 +89,7 @@ def full(**changes):
             "alive": ([0, 10, 400, 412, 1100], [0, 4, 3, 4, 4]),
             "desired": ([0, 1100], [4, 4]),
         },
-        "config": "run:\n  name: digits-celo-phase1\n  seed: 0\nlopt:\n  name: celo\n  phase: 1\n",
+        "config": "run:\n  name: digits-celo-phase1\n  seed: 0\nlopt:\n  name: celo\n  arguments:\n    phase: 1\n",
         "usage": 'import lopt\nopt = lopt.load("optimizer.safetensors")(model.parameters(), num_steps=300)\n'
         "opt.step(loss=loss)",
     }

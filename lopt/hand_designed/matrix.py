@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configs.schema import did_you_mean
+from configs.schema import at_least, one_of
 from lopt.base import Argument, State
 from lopt.celo2 import newton_schulz
 from lopt.hand_designed.elementwise import BETAS, AdamW
@@ -58,10 +58,9 @@ class Shampoo(HandDesigned):
     )
 
     def __init__(self, graft: str = "sgd", block_size: int = 128, start: int = 5, log_space: bool = False) -> None:
-        if graft not in GRAFTS:
-            raise ValueError(f"graft = {graft!r}: expected one of {', '.join(GRAFTS)}{did_you_mean(graft, GRAFTS)}")
-        if block_size < 1:
-            raise ValueError(f"block_size = {block_size!r}: expected a number >= 1")
+        one_of("graft", graft, GRAFTS)
+        at_least("block_size", block_size, 1)
+        at_least("start", start, 0)
         super().__init__(log_space)
         self.graft, self.block_size, self.start = graft, block_size, start
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lopt.base import Params, State
-from lopt.kernels import cpu
+from lopt.kernels import cpu, gpu
 from lopt.kernels.columns import SMALL_FC_COLUMNS, VELO_COLUMNS
 
 if TYPE_CHECKING:
@@ -25,7 +25,17 @@ MAX_HIDDEN = 32
 _enabled = contextvars.ContextVar("lopt_kernels", default=True)
 
 
-__all__ = ["SMALL_FC_COLUMNS", "VELO_COLUMNS", "apply", "cpu", "reference", "serves", "tensor_statistics", "update"]
+__all__ = [
+    "SMALL_FC_COLUMNS",
+    "VELO_COLUMNS",
+    "apply",
+    "cpu",
+    "gpu",
+    "reference",
+    "serves",
+    "tensor_statistics",
+    "update",
+]
 
 
 @contextlib.contextmanager
@@ -38,23 +48,39 @@ def reference() -> Iterator[None]:
         _enabled.reset(token)
 
 
-def serves(rule: PerParameterRule, params: Params, hidden: int) -> bool:
-    """Whether there are kernels for this rule and these fp32 parameters; otherwise the reference does it."""
+def serves(rule: PerParameterRule, params: Params, weights: Sequence[Tensor]) -> bool:
+    """Whether there are kernels for this rule, its network's weights and these parameters; otherwise the reference
+    does it, also where something is differentiated or vmapped through the update, which kernels cannot see."""
     return (
         _enabled.get()
         and not torch.compiler.is_compiling()
-        and hidden <= MAX_HIDDEN
         and rule.columns in (SMALL_FC_COLUMNS, VELO_COLUMNS)
-        and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in params.values())
-        and cpu.library() is not None
+        and all(_is_plain(p) and p.dtype == torch.float32 for p in params.values())
+        and all(_is_plain(weight) for weight in weights)
+        and (_on_cpu(params, weights[0].shape[-1]) or gpu.serves(params, weights[0].shape[-1]))
     )
+
+
+def _on_cpu(params: Params, hidden: int) -> bool:
+    at_hand = hidden <= MAX_HIDDEN and cpu.library() is not None
+    return at_hand and all(p.device.type == "cpu" for p in params.values())
+
+
+def _on_gpu(params: Params) -> bool:
+    return next(iter(params.values())).is_cuda
+
+
+def _is_plain(x: Tensor) -> bool:
+    tracked = x.requires_grad and torch.is_grad_enabled()
+    return not tracked and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def update(
     rule: PerParameterRule, network: Network, state: State, params: Params, grads: Params
 ) -> tuple[Params, State]:
     """One step of every particle: new parameters and accumulators, as ``PerParameterRule.update_particles``."""
-    return cpu.update(rule, network, state, params, grads)
+    run = gpu.update if _on_gpu(params) else cpu.update
+    return run(rule, network, state, params, grads)
 
 
 def apply(
@@ -67,9 +93,11 @@ def apply(
     weight_decay: Sequence[float],
 ) -> None:
     """The same in place: p <- p - lr (step + weight_decay p), and the accumulators in ``state``, all contiguous."""
-    cpu.apply(rule, network, state, params, grads, lr, weight_decay)
+    run = gpu.apply if _on_gpu(params) else cpu.apply
+    run(rule, network, state, params, grads, lr, weight_decay)
 
 
 def tensor_statistics(state: State, params: Params) -> Tensor:
     """What VeLO's LSTM sees of every tensor, as ``velo.tensor_statistics``: (P, T, 9)."""
-    return cpu.moments(state, params).to(torch.float32)
+    run = gpu.moments if _on_gpu(params) else cpu.moments
+    return run(state, params).to(torch.float32)
