@@ -52,8 +52,8 @@ def serves(rule: PerParameterRule, params: Params, weights: Sequence[Tensor]) ->
     """Whether there are kernels for this rule, its network's weights and these parameters; otherwise the reference
     does it, also where something is differentiated or vmapped through the update, which kernels cannot see."""
     return (
-        _enabled.get()
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and _enabled.get()
         and rule.columns in (SMALL_FC_COLUMNS, VELO_COLUMNS)
         and all(_is_plain(p) and p.dtype == torch.float32 for p in params.values())
         and all(_is_plain(weight) for weight in weights)
