@@ -134,6 +134,11 @@ class LearnedOptimizer(ABC):
     def init_theta(self, generator: torch.Generator) -> Theta:
         """Fresh meta-parameters."""
 
+    def checked(self, theta: Theta) -> Theta:
+        """``theta`` if it is one of this rule. Raises ``ThetaError``, naming the entry, if not."""
+        self.spec.check(theta)
+        return dict(theta)
+
     @abstractmethod
     def init_particles(self, theta: Theta, params: Params, num_steps: Tensor) -> State:
         """State before the first step: theta leaves (P, ...), params leaves (P, *shape), num_steps (P,) -> (P, ...)."""

@@ -33,7 +33,7 @@ class Optimizer(torch.optim.Optimizer):
     ``num_steps`` declares how often ``step`` will be called; rules that need no horizon go on for ever whatever it is.
     The others refuse to go on: see ``increase_steps`` and ``reset_steps``. More than ``max_steps`` are made into fewer
     updates by averaging gradients and losses over several calls: see ``guard_rails``. ``lr`` and ``weight_decay`` are
-    then those of the last of these calls.
+    then those of the last of these calls. Raises ``ThetaError`` for a ``theta`` of another rule.
 
     What the rule sees: parameters and gradients in fp32 (others through copies; fp64 parameters get their fp32 step
     added in fp64), under their names if they have some. One clock and one record of losses serve all parameters: a
@@ -70,7 +70,7 @@ class Optimizer(torch.optim.Optimizer):
         progress = guard_rails.begin(num_steps, max_steps)
         if not lopt.needs_horizon:
             progress["num_steps"] = None
-        self.lopt, self.theta, self.process_group = lopt, theta, process_group
+        self.lopt, self.theta, self.process_group = lopt, lopt.checked(theta), process_group
         self._plan: optimizer_state.Plan | None = None
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.param_groups[0][PROGRESS] = progress

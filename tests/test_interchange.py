@@ -382,3 +382,8 @@ def test_the_presets_are_the_authors_files_by_their_checksum(name):
         "celo_adam": "99c65fa0218a739c32eac4e8a99523b6fed92e2926d0c5d64e83835637b75d38",
     }
     assert (provenance["license"], provenance["sha256"]) == ("MIT", sums[name])
+
+
+def test_the_name_of_an_architecture_without_weights_says_what_to_do():
+    with pytest.raises(CheckpointError, match=r"'velo' is an architecture without published weights.*build\('velo'\)"):
+        lopt.load("velo")

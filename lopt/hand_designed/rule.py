@@ -83,13 +83,26 @@ class HandDesigned(LearnedOptimizer):
             h.name: torch.tensor(h.encode(h.default) if self.log_space else h.default) for h in self.hyperparameters
         }
 
-    def init_particles(self, theta: Theta, params: Params, num_steps: Tensor) -> State:
-        """Raises ``ThetaError`` for an entry of theta that is no hyper-parameter of this rule."""
+    def checked(self, theta: Mapping[str, Tensor | float]) -> Theta:
+        """As the base's, but entries may be missing (they have their textbook values) and be plain numbers."""
+        self._check_names(theta)
+        found = {}
+        for name, value in theta.items():
+            found[name] = torch.as_tensor(value, dtype=torch.float32)
+            if found[name].shape or not found[name].isfinite():
+                raise ThetaError(f"theta[{name!r}] = {value}: expected one finite number")
+        return found
+
+    def _check_names(self, theta: Mapping[str, object]) -> None:
         names = [h.name for h in self.hyperparameters]
         for name in sorted(theta.keys() - set(names)):
             raise ThetaError(
                 f"theta[{name!r}]: {self.name} has the hyper-parameters {', '.join(names)}{did_you_mean(name, names)}"
             )
+
+    def init_particles(self, theta: Theta, params: Params, num_steps: Tensor) -> State:
+        """Raises ``ThetaError`` for an entry of theta that is no hyper-parameter of this rule."""
+        self._check_names(theta)
         values = self._values(theta)
         state = {"iteration": torch.zeros_like(num_steps)}
         if self.needs_horizon:

@@ -20,7 +20,7 @@ import fsspec.core
 
 from configs.schema import did_you_mean
 from lopt.base import Argument, LearnedOptimizer, Theta, ThetaError
-from lopt.checkpoint import KEY, CheckpointError, decode, unpack
+from lopt.checkpoint import ARCHITECTURES, KEY, CheckpointError, decode, unpack
 from lopt.interchange import flax, hub, pylo
 from lopt.interchange.jax import identify
 
@@ -120,6 +120,11 @@ def _locate(source: str) -> _Place:
         problem = "nothing is there"
     except UNREADABLE as error:
         problem = str(error)
+    if source in ARCHITECTURES:
+        raise CheckpointError(
+            f"{source!r} is an architecture without published weights: give its file, or make one with "
+            f"lopt.Optimizer(params, lopt.build({source!r}), theta)"
+        )
     names = presets()
     raise CheckpointError(
         f"{source!r} is neither a readable path or URL ({problem}), nor a preset"

@@ -69,7 +69,7 @@ def library() -> ctypes.CDLL | None:
         )  # fmt: skip
         found.paceline_rules_run.restype = None
         if found.paceline_slot_size() != SLOT.itemsize:
-            raise ImportError(f"{path} was built from other sources: install paceline again (make setup)")
+            raise ImportError(f"{path} was built from other sources: install paceline again (make clean setup)")
         return found
     return None
 
