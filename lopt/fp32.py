@@ -53,7 +53,7 @@ def write_back(params: Sequence[Tensor], moved: Sequence[Tensor]) -> None:
 def arithmetic(device: torch.device) -> Iterator[None]:
     """Within it, the caller's autocast, default dtype and default device do not reach the rule."""
     default = torch.get_default_dtype()
-    autocast = torch.is_autocast_enabled(device.type)
+    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     elsewhere = device.type == "cpu" and torch.get_default_device().type != "cpu"
     try:
         if default is not torch.float32:

@@ -116,7 +116,7 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(f"loss = {value.item()}: expected a finite number; no parameter was changed")
         if not chosen.params:
             return loss
-        if guard_rails.gradients_per_update(progress) > 1:
+        if progress["waiting"] or guard_rails.gradients_per_update(progress) > 1:
             states = [self.state[p] for p in chosen.params]
             if guard_rails.accumulate(progress, states, chosen.grads, value):
                 chosen = self._choose(lambda p: self.state.get(p, {}).get(GRAD_SUM))
@@ -212,7 +212,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _planned(self, params: Sequence[Tensor], as_fp32: Sequence[Tensor]) -> optimizer_state.Plan:
         """The plan for these parameters: that of the last step, while nothing has changed."""
-        if self._plan is None or not self._plan.serves(params, self.state, self.progress):
+        if self._plan is None or not self._plan.serves(params, self.state):
             self._plan = optimizer_state.plan(
                 distributed.spread(self.lopt, params),
                 self.theta,

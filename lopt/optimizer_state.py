@@ -39,22 +39,21 @@ class Place(NamedTuple):
 class Plan:
     """What stays the same from step to step while the same parameters have gradients."""
 
-    params: list[Tensor]
     device: torch.device
     theta: Theta
     names: list[str]
     owners: list[State]
-    shared: State
     places: list[Place]
 
-    def serves(self, params: Sequence[Tensor], states: States, progress: Progress) -> bool:
-        """Whether this is the plan for these parameters, and their state still lives where it did."""
+    def serves(self, params: Sequence[Tensor], states: States) -> bool:
+        """Whether this is the plan for these parameters, on the device where they were, with their state where it was.
+
+        Every parameter has a state of its own.
+        """
         return (
-            len(params) == len(self.params)
-            and all(map(is_, params, self.params))
-            and params[0].device == self.device
-            and progress["state"] is self.shared
+            len(params) == len(self.owners)
             and all(map(is_, map(states.get, params), self.owners))
+            and params[0].device == self.device
         )
 
     def gather(self) -> State:
@@ -78,7 +77,7 @@ def plan(
 ) -> Plan:
     """Find the state of these parameters, initialise what there is none of yet, and move all of it to their device.
 
-    ``states`` makes an empty dictionary for a parameter that it does not know.
+    ``states`` makes an empty dictionary for a parameter that it does not know. No gradients wait in them.
     """
     device = params[0].device
     theta = {name: leaf.to(device) for name, leaf in theta.items()}
@@ -87,17 +86,17 @@ def plan(
         shared.update(init_shared(lopt, theta, device, steps))
     all_names = names_of(groups)
     names, owners = [all_names[p] for p in params], [states[p] for p in params]
-    fresh = [i for i, owner in enumerate(owners) if owner.keys() <= {GRAD_SUM}]
+    fresh = [i for i, owner in enumerate(owners) if not owner]
     if fresh:
         initial = init_tensors(lopt, theta, {names[i]: as_fp32[i] for i in fresh}, shared, steps)
         for i in fresh:
             owners[i].update(initial[names[i]])
     places = [Place(key, shared, key) for key in shared]
     for name, owner in zip(names, owners, strict=True):
-        places += [Place(f"{kind}/{name}", owner, kind) for kind in owner if kind != GRAD_SUM]
+        places += [Place(f"{kind}/{name}", owner, kind) for kind in owner]
     for _, owner, kind in places:
         owner[kind] = owner[kind].to(device)
-    return Plan(list(params), device, theta, names, owners, shared, places)
+    return Plan(device, theta, names, owners, places)
 
 
 def names_of(groups: Groups) -> dict[Tensor, str]:

@@ -252,9 +252,6 @@ def test_named_parameters_reach_the_rule_by_their_names():
     seen = []
 
     class Spy(lopt.Adam):
-        def step(self, h, p, g, s):
-            return super().step(h, p, g, s)
-
         def update_particles(self, theta, state, params, grads, loss):
             seen.append(list(params))
             return super().update_particles(theta, state, params, grads, loss)
@@ -285,6 +282,7 @@ def test_a_parameter_may_be_called_what_a_rule_calls_its_own_state():
     opt.step(loss=1.0)
     assert all(torch.equal(p, params["means"]) for p in params.values())
     assert opt.progress["state"]["loss/means"].shape == (10,)
+    assert {frozenset(own) for own in opt.state.values()} == {frozenset(("m", "v", "row", "col"))}
     again = optimizers.make("celo", params.items())
     again.load_state_dict(opt.state_dict())
     again.step(loss=1.0)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lopt import guard_rails
-from tests.optimizers import make, rule_and_theta, with_grad
+from tests.optimizers import RULES, make, rule_and_theta, with_grad
 
 HORIZON_RULES = ["celo", "velo", "celo_adam", "nadamw"]
 SHAPES = ((3, 2), (4,))
@@ -109,6 +109,43 @@ def test_more_steps_than_the_rule_bears_become_fewer_updates(name):
         run(opt, [10])
 
 
+def test_the_rule_sees_the_mean_of_the_losses(monkeypatch):
+    opt, seen = make("celo", parameters(), num_steps=10, max_steps=4), []
+    apply = opt.lopt.apply
+    monkeypatch.setattr(opt.lopt, "apply", lambda *given: seen.append(given[4].item()) or apply(*given))
+    run(opt, range(10))
+    assert seen == pytest.approx([sum(loss_at(3 * update + i) for i in range(3)) / 3 for update in range(3)])
+
+
+def test_gradients_that_wait_are_no_longer_the_parameters_own():
+    p, twin = (with_grad(torch.linspace(-1, 1, 6).reshape(3, 2)) for _ in range(2))
+    other_gradient = torch.linspace(2, -1, 6).reshape(3, 2)
+    opt, other = make("celo", [p], num_steps=4, max_steps=2), make("celo", [twin], num_steps=2)
+    opt.step(loss=1.0)
+    opt.zero_grad(set_to_none=False)
+    p.grad += other_gradient
+    opt.step(loss=1.0)
+    twin.grad = (0.3 + other_gradient) / 2
+    other.step(loss=1.0)
+    torch.testing.assert_close(p, twin, rtol=2e-7, atol=0)
+
+
+def test_gradients_that_wait_when_the_steps_are_reset_are_part_of_the_next_update():
+    p, twin = (with_grad(torch.linspace(-1, 1, 6).reshape(3, 2)) for _ in range(2))
+    other_gradient = torch.linspace(2, -1, 6).reshape(3, 2)
+    opt, other = make("celo", [p], num_steps=9, max_steps=3), make("celo", [twin], num_steps=2)
+    opt.step(loss=1.0)
+    opt.reset_steps(2)
+    p.grad = other_gradient.clone()
+    opt.step(loss=1.0)
+    twin.grad = (0.3 + other_gradient) / 2
+    other.step(loss=1.0)
+    torch.testing.assert_close(p, twin, rtol=2e-7, atol=0)
+    assert guard_rails.GRAD_SUM not in opt.state[p]
+    opt.step(loss=1.0)
+    assert not opt.progress["waiting"]
+
+
 def test_the_default_is_velos_150_000():
     at, above = (guard_rails.begin(steps, guard_rails.MAX_STEPS) for steps in (150_000, 150_001))
     assert (guard_rails.gradients_per_update(at), guard_rails.horizon(at)) == (1, 150_000)
@@ -126,7 +163,7 @@ def test_a_gradient_that_is_missing_in_some_calls_counts_as_zero_in_them():
     q, twin = other.param_groups[0]["params"]
     q.grad, twin.grad = (gradients(0)[0] + gradients(1)[0]) / 2, gradients(0)[1] / 2
     other.step(loss=(loss_at(0) + 1.0) / 2)
-    torch.testing.assert_close((p, sometimes), (q, twin))
+    torch.testing.assert_close((p, sometimes), (q, twin), rtol=2e-7, atol=0)
 
 
 @pytest.mark.parametrize("calls", [1, 4, 5])
@@ -188,8 +225,6 @@ def test_a_closure_is_not_called_after_the_last_step():
 
 
 def test_a_rule_with_a_horizon_keeps_its_clock_where_the_guard_rails_find_it():
-    from tests.optimizers import RULES
-
     for name in RULES:
         opt = make(name, parameters())
         run(opt, range(1))

@@ -191,8 +191,9 @@ def test_contiguous_fp32_parameters_and_gradients_are_never_copied():
 
 
 def test_a_gradient_that_is_negated_by_a_flag_only_is_read_with_its_sign():
-    x = torch.tensor([1 + 2j, 3 - 4j]).conj().imag
+    x = torch._neg_view(torch.tensor([2.0, -4.0]))
     assert x.is_neg()
+    assert x.is_contiguous()
     assert torch.equal(fp32.tensors([x])[0], torch.tensor([-2.0, 4.0]))
     assert not fp32.tensors([x])[0].is_neg()
 
@@ -232,6 +233,15 @@ def test_parameters_whose_memory_was_replaced_are_moved_where_they_are_now():
     opt.step(loss=1.0)
     assert torch.equal(old, kept)
     assert (p != 2).all()
+
+
+def test_state_follows_parameters_to_another_device():
+    p = with_grad(torch.ones(3, 2))
+    opt = make("small_fc_lopt", [p])
+    opt.step()
+    torch.utils.swap_tensors(p, with_grad(torch.ones(3, 2, device="meta")))  # what Module.to does
+    opt.step()
+    assert {leaf.device.type for leaf in (*opt.state[p].values(), *opt.progress["state"].values())} == {"meta"}
 
 
 def test_a_parameter_that_no_longer_has_a_gradient_is_left_out_and_comes_back():

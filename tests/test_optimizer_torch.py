@@ -1,6 +1,8 @@
 """What torch's own tools do with optimizers, they do with a learned one: schedulers, scalers, hooks, compilation."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -211,8 +213,5 @@ def test_a_compiled_train_step_equals_an_eager_one_and_is_compiled_once():
 
 
 def test_importing_lopt_does_not_import_the_compiler():
-    import subprocess
-    import sys
-
     code = "import sys, lopt; assert 'torch._dynamo' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
