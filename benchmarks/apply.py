@@ -16,6 +16,7 @@ whichever is more.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import math
@@ -69,12 +70,17 @@ def adamw_fused(params: list[torch.nn.Parameter]) -> Callable[[], object]:
     return torch.optim.AdamW(params, lr=1e-3, fused=True).step
 
 
-def pylo(kind: str) -> Callable[[list[torch.nn.Parameter]], Callable[[], object]]:
+def pylo(name: str, rule: lopt.LearnedOptimizer) -> Callable[[list[torch.nn.Parameter]], Callable[[], object]]:
+    """PyLO's implementation in torch, with the weights that ours has."""
+
     def make(params: list[torch.nn.Parameter]) -> Callable[[], object]:
-        optim = __import__("pylo.optim", fromlist=["optim"])
-        if kind == "pylo_small_fc_lopt":
-            return optim.AdafacLO_naive(params, num_steps=10_000).step
-        opt = optim.VeLO_naive(params, num_training_steps=10_000)
+        optim = importlib.import_module("pylo.optim")
+        with tempfile.TemporaryDirectory() as folder:
+            lopt.export_pylo(folder, rule, rule.init_theta(torch.Generator().manual_seed(0)))
+            if name == "pylo_small_fc_lopt":
+                return optim.AdafacLO_naive(params, hf_key=folder).step
+            rnn, mlp = f"{folder}/VeLO_RNN", f"{folder}/VeLO_MLP"
+            opt = optim.VeLO_naive(params, num_steps=10_000, hf_key_rnn=rnn, hf_key_mlp=mlp)
         return lambda: opt.step(torch.tensor(1.0))
 
     return make
@@ -88,7 +94,8 @@ def candidates(quick: bool) -> dict[str, Callable[[list[torch.nn.Parameter]], Ca
         "adamw_fused": adamw_fused,
     }
     if not quick and importlib.util.find_spec("pylo") is not None:
-        found |= {name: pylo(name) for name in ("pylo_small_fc_lopt", "pylo_velo")}
+        found["pylo_small_fc_lopt"] = pylo("pylo_small_fc_lopt", lopt.SmallFcLopt(32))
+        found["pylo_velo"] = pylo("pylo_velo", lopt.Velo(compat=True))
     return found
 
 

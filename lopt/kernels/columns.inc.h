@@ -73,6 +73,7 @@ PACELINE_INLINE static inline void columns(const Rule& rule, const Decay& d, con
   }
 }
 
+constexpr int kAhead = 512;  // elements between what is worked on and what is fetched
 constexpr int kInputs = 9;  // p, g, m (3), v, diag (3)
 
 // The inputs of the block at `at`: where they lie, or a copy filled up with zeros where the block is cut short.
@@ -81,7 +82,11 @@ static inline void gather(const Slot& s, int64_t n, int64_t at, int64_t width, f
                           const float** x) {
   const float* from[kInputs] = {s.p, s.g, s.m, s.m + n, s.m + 2 * n, s.v, s.inner, s.inner + n, s.inner + 2 * n};
   constexpr int count = kFactored ? 6 : 9;
-  for (int k = 0; k < count; ++k) x[k] = from[k] + at;
+  for (int k = 0; k < count; ++k) {
+    x[k] = from[k] + at;
+    // the processor's own prefetching stops at the end of every page; past the end of a tensor this does nothing
+    for (int line = 0; line < kBlock; line += 16) __builtin_prefetch(x[k] + kAhead + line);
+  }
   if (width == kBlock) return;
   std::memset(copy, 0, sizeof(float) * kBlock * count);
   for (int k = 0; k < count; ++k) {

@@ -9,8 +9,8 @@
 #define PACELINE_INLINE __attribute__((always_inline))
 
 constexpr int kBlock = 2 * kLanes;      // elements per inner loop: two vectors share every broadcast weight
-constexpr int64_t kSegment = 1024;      // elements of a run per item; hidden x kSegment floats stay in the L2 cache
-constexpr int64_t kRows = 64;           // runs per item
+constexpr int64_t kSegment = 4096;      // elements of a run per item; hidden x kSegment floats stay in the L2 cache
+constexpr int64_t kRows = 32;           // runs per item
 constexpr int64_t kGroup = 1 << 19;     // elements of a group of slots: 12 MB, to stay in the last cache
 constexpr float kNormalizerEps = 1e-5f;
 
