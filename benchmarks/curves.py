@@ -48,9 +48,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lopt
-from configs.schema import DataConfig, FamilyConfig
+from configs.schema import DataConfig
 from evaluator.scores import smooth, speedup_score
-from tasks import Batch, DataError, Dataset, Task, build_family, generator
+from tasks import Batch, DataError, Dataset, Library, Task, generator
+from tasks.families.image_mlp import ImageMlp
+from tasks.random import fold, integers, keys
 
 RATES = (3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 TEXTBOOK = 1e-3
@@ -59,8 +61,8 @@ FINAL_BATCHES = 10
 POINTS = 250
 """Of a line: more than the picture can show."""
 IMAGES = {
-    "digits": FamilyConfig(dataset="digits", image_size=8, hidden=[32], batch_size=64, shift=1, noise=0.15),
-    "fashion_mnist": FamilyConfig(dataset="fashion_mnist", image_size=28, hidden=[128, 128], batch_size=128),
+    "digits": ImageMlp(dataset="digits", image_size=8, hidden=(32,), batch_size=64, shift=1, noise=0.15),
+    "fashion_mnist": ImageMlp(dataset="fashion_mnist", image_size=28, hidden=(128, 128), batch_size=128),
 }
 TITLES = {
     "digits": "digits 8x8, MLP 32",
@@ -107,7 +109,7 @@ class Curves:
         return cls(**{field.name: np.array([getattr(run, field.name) for run in runs]) for field in fields(Run)})
 
 
-class ImageMlp(nn.Module):
+class TaskModule(nn.Module):
     """The project's image task as a module."""
 
     def __init__(self, task: Task, init: torch.Generator) -> None:
@@ -120,15 +122,14 @@ class ImageMlp(nn.Module):
 
 
 class Text(Dataset):
-    """Windows of ``CONTEXT`` + 1 characters of a text, (*shape, CONTEXT + 1) int64, drawn with replacement."""
+    """Windows of ``CONTEXT`` + 1 characters of a text, (n, batch size, CONTEXT + 1) int64, drawn with replacement."""
 
     def __init__(self, characters: Tensor) -> None:
         self.windows = characters.unfold(0, CONTEXT + 1, 1)
         self.num_examples = len(self.windows)
 
-    def sample(self, generator: torch.Generator, shape: tuple[int, ...]) -> Batch:
-        index = torch.randint(self.num_examples, shape, generator=generator)
-        return {"text": self.windows[index]}
+    def sample(self, keys: Tensor, batch_size: int) -> Batch:
+        return {"text": self.windows[integers(keys, self.num_examples, (batch_size,))]}
 
 
 class Block(nn.Module):
@@ -172,10 +173,9 @@ class Transformer(nn.Module):
 
 def image_problem(name: str, root: str | None) -> Problem:
     """Raises ``DataError`` where the data cannot be had."""
-    family = build_family(name, IMAGES[name], DataConfig(root=root))
-    task = family.build(family.sample_static(np.random.default_rng(0)))
+    task = IMAGES[name].build(Library(DataConfig(root=root)))
     data = task.datasets
-    return Problem(lambda init: ImageMlp(task, init), data.train, data.test, task.batch_size)
+    return Problem(lambda init: TaskModule(task, init), data.train, data.test, task.batch_size)
 
 
 def text_problem() -> Problem:
@@ -190,11 +190,11 @@ def train(name: str, problem: Problem, make: Make, steps: int, seed: int) -> Run
     """Train the problem with the optimizer that ``make`` makes of its parameters."""
     model = problem.model(generator("curves", name, seed, "init"))
     optimizer = make(list(model.parameters()))
-    stream = generator("curves", name, seed, "batches")
+    key = keys(1, "curves", name, seed, "batches")
     losses = np.full(steps, np.nan)
     start = time.process_time()
     for step in range(steps):
-        loss = model(problem.train.sample(stream, (problem.batch_size,)))
+        loss = model(batch(problem.train, fold(key, step), problem.batch_size))
         if not math.isfinite(loss.item()):
             return Run(losses, math.nan, math.nan, (time.process_time() - start) / (step + 1))
         losses[step] = loss.item()
@@ -202,15 +202,20 @@ def train(name: str, problem: Problem, make: Make, steps: int, seed: int) -> Run
         loss.backward()
         optimizer.step(loss.item)
     seconds = (time.process_time() - start) / steps
-    train_loss = final_loss(model, problem.train, generator("curves", name, seed, "train"), problem.batch_size)
-    held_out = final_loss(model, problem.held_out, generator("curves", name, seed, "held out"), problem.batch_size)
+    train_loss = final_loss(model, problem.train, keys(1, "curves", name, seed, "train"), problem.batch_size)
+    held_out = final_loss(model, problem.held_out, keys(1, "curves", name, seed, "held out"), problem.batch_size)
     return Run(losses, train_loss, held_out, seconds)
 
 
+def batch(data: Dataset, key: Tensor, batch_size: int) -> Batch:
+    """The batch of the one key (1,)."""
+    return {name: leaf[0] for name, leaf in data.sample(key, batch_size).items()}
+
+
 @torch.no_grad()
-def final_loss(model: nn.Module, data: Dataset, stream: torch.Generator, batch_size: int) -> float:
+def final_loss(model: nn.Module, data: Dataset, key: Tensor, batch_size: int) -> float:
     """Mean over fresh batches; NaN unless it is finite."""
-    value = float(np.mean([model(data.sample(stream, (batch_size,))).item() for _ in range(FINAL_BATCHES)]))
+    value = float(np.mean([model(batch(data, fold(key, i), batch_size)).item() for i in range(FINAL_BATCHES)]))
     return value if math.isfinite(value) else math.nan
 
 

@@ -14,14 +14,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any
 
-ACTIVATIONS = ("relu", "tanh", "gelu", "silu")
 CLIENT_OPTIONS = ("endpoint_url", "region", "anon")
-EMBEDDED_DATASETS = ("digits",)
-DATASETS = ("digits", "mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100", "svhn")
-FAMILY_KINDS = ("image_mlp",)
-REPARAM_LEVELS = ("none", "global", "tensor", "parameter")
+MISSING = ("error", "skip")
+RANGES = ("paper", "code")
 ESTIMATORS = ("pes", "full_es")
 OBJECTIVES = ("mean", "final")
 META_OPTIMIZERS = ("adam", "adamw")
@@ -85,6 +83,23 @@ def _location(field: str, value: str) -> None:
         raise ConfigError(field, value, "a path or URL")
 
 
+def _client_options(options: dict[str, Any]) -> None:
+    """The options of an fsspec client that a configuration may hold."""
+    for name, value in options.items():
+        if name not in CLIENT_OPTIONS:  # the value may be a secret
+            known = f"one of {', '.join(CLIENT_OPTIONS)}{did_you_mean(name, CLIENT_OPTIONS)}"
+            raise ConfigError(f"options.{name}", "<not shown>", f"{known}; secrets come from the environment")
+        if type(value) is not (bool if name == "anon" else str):
+            raise ConfigError(f"options.{name}", "<not shown>", "true or false" if name == "anon" else "text")
+    _location("options.endpoint_url", options.get("endpoint_url", "default"))
+
+
+def _ascending(field: str, versions: list[int]) -> None:
+    """The points of a schedule, in order."""
+    if any(later <= earlier for earlier, later in pairwise(versions)):
+        raise ConfigError(field, versions, "versions that ascend")
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Which run this is and when it ends (at ``meta_steps`` or after ``max_seconds``, whichever comes first)."""
@@ -111,74 +126,126 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where data sets lie: any fsspec URL (``root``; None allows only the embedded ones) and a local cache."""
+    """Where data sets lie: any fsspec URL (``root``; None allows only the embedded ones) and a cache (folder or URL).
+
+    ``options`` are those of the root's fsspec client, as in ``storage``. A data set that is not there is an error, or,
+    with ``missing: skip``, falls out of the distribution with a warning.
+    """
 
     root: str | None = None
     cache: str = "~/.cache/paceline/data"
+    options: dict[str, Any] = field(default_factory=dict)
+    missing: str = "error"
 
     def __post_init__(self) -> None:
         if self.root is not None:
             _location("root", self.root)
         _location("cache", self.cache)
-
-
-@dataclass(frozen=True)
-class ReparamConfig:
-    """Re-parametrisation augmentation: weights are trained as w / tau, log tau uniform on [low, high] (VeLO C.5)."""
-
-    level: str = "none"
-    low: float = 1e-3
-    high: float = 1e3
-
-    def __post_init__(self) -> None:
-        one_of("level", self.level, REPARAM_LEVELS)
-        positive("low", self.low)
-        at_least("high", self.high, self.low)
+        _client_options(self.options)
+        one_of("missing", self.missing, MISSING)
 
 
 @dataclass(frozen=True)
 class FamilyConfig:
-    """One task family: an MLP classifier of images.
+    """One task family of a run: a distribution of tasks (``sample``), or one fixed task (``task``).
 
-    ``shift`` (pixels) and ``noise`` (standard deviation, pixels in [0, 1]) are part of the task: they are drawn anew
-    for every batch of every split, which gives a small data set a loss floor well above rounding noise.
+    ``sample`` names a parametric family, ``task`` is a published name or a static config written by hand
+    (``{kind: image_mlp, hidden: [32], ...}``); with neither, the family's own name is that of a fixed task. Which there
+    are is ``tasks``' to say; ``deploy.config`` asks it. ``weight`` is its share of the draws, relative to the others;
+    below a threshold of ``min_seconds`` per step it is not drawn. ``augment`` comes before the whole run's.
     """
 
-    kind: str = "image_mlp"
-    dataset: str = "digits"
-    image_size: int = 8
-    hidden: list[int] = field(default_factory=lambda: [32])
-    activation: str = "relu"
-    batch_size: int = 64
-    shift: int = 0
-    noise: float = 0.0
-    reparam: ReparamConfig = field(default_factory=ReparamConfig)
+    task: Any = None
+    sample: str | None = None
+    weight: float = 1.0
+    min_seconds: float = 0.0
+    augment: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        one_of("kind", self.kind, FAMILY_KINDS)
-        one_of("dataset", self.dataset, DATASETS)
-        one_of("activation", self.activation, ACTIVATIONS)
-        at_least("image_size", self.image_size, 2)
-        at_least("batch_size", self.batch_size, 1)
-        at_least("noise", self.noise, 0)
-        for width in self.hidden:
-            at_least("hidden", width, 1)
-        if not 0 <= self.shift < self.image_size:
-            raise ConfigError("shift", self.shift, f"0 <= shift < image_size = {self.image_size}")
+        if self.task is not None and not isinstance(self.task, str | dict):
+            raise ConfigError("task", self.task, "the name of a fixed task, or a mapping with kind and its fields")
+        if self.task is not None and self.sample is not None:
+            raise ConfigError("sample", self.sample, "null where task is given: a family is one or the other")
+        positive("weight", self.weight)
+        at_least("min_seconds", self.min_seconds, 0)
+
+
+@dataclass(frozen=True)
+class TimeConfig:
+    """Which tasks are quick enough (VeLO C.4 and C.5).
+
+    Each draw takes one of ``max_seconds`` (per inner step and particle) with probability proportional to ``weights``,
+    multiplied by ``scale`` (this machine's time by that of the paper's accelerator), and draws configurations until
+    the time model of ``table`` (one that ships, or any file that ``paceline tasks time`` wrote) lets one pass, at most
+    ``tries`` times. Without ``max_seconds`` everything passes.
+    """
+
+    max_seconds: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    scale: float = 1.0
+    table: str = "cpu"
+    tries: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("max_seconds", "weights"):
+            for value in getattr(self, name):
+                positive(name, value)
+        if len(self.weights) != len(self.max_seconds):
+            raise ConfigError("weights", self.weights, f"{len(self.max_seconds)} numbers, one for each of max_seconds")
+        positive("scale", self.scale)
+        at_least("tries", self.tries, 1)
+
+
+@dataclass(frozen=True)
+class SizePoint:
+    """A point of the size curriculum: at meta-step ``version``, ``time.max_seconds`` are multiplied by ``factor``."""
+
+    version: int = 0
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        at_least("version", self.version, 0)
+        positive("factor", self.factor)
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """The task distribution: named families, visited in rotation."""
+    """The task distribution.
+
+    Without ``slots`` every worker visits the families in rotation, one task each. With it, a worker keeps that many
+    tasks, each drawn from the families by weight. After each meta-gradient its task is drawn anew with probability
+    ``resample`` (VeLO: 8 slots, 1/200 to 1/1000). ``images`` and ``texts`` ("corpus/vocabulary") are what parametric
+    families draw data from, the published ones where empty; ``ranges`` says whose ranges they draw from.
+    ``size_schedule`` is linear between its points.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     families: dict[str, FamilyConfig] = field(default_factory=dict)
+    augment: list[dict[str, Any]] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    ranges: str = "paper"
+    time: TimeConfig = field(default_factory=TimeConfig)
+    slots: int | None = None
+    resample: float = 0.0
+    size_schedule: list[SizePoint] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.families:
             raise ConfigError("families", {}, "at least one task family")
         for name in self.families:
             _name("families", name)
+        one_of("ranges", self.ranges, RANGES)
+        if self.slots is not None:
+            at_least("slots", self.slots, 1)
+        if not 0 <= self.resample <= 1:
+            raise ConfigError("resample", self.resample, "a probability from 0 to 1")
+        for text in self.texts:
+            if not all(text.partition("/")):
+                raise ConfigError("texts", text, "corpus/vocabulary, for example pydoc/bytes")
+        _ascending("size_schedule", [point.version for point in self.size_schedule])
+        if self.size_schedule and not self.time.max_seconds:
+            raise ConfigError("size_schedule", self.size_schedule, "time.max_seconds, which it would scale")
 
 
 @dataclass(frozen=True)
@@ -201,8 +268,26 @@ class LoptConfig:
 
 
 @dataclass(frozen=True)
+class HorizonPoint:
+    """A point of the horizon curriculum: the bounds of the horizons that are drawn at meta-step ``version``."""
+
+    version: int = 0
+    low: int = 100
+    high: int = 2000
+
+    def __post_init__(self) -> None:
+        at_least("version", self.version, 0)
+        at_least("low", self.low, 1)
+        at_least("high", self.high, self.low)
+
+
+@dataclass(frozen=True)
 class EstimatorConfig:
-    """How a meta-gradient is estimated: antithetic pairs per task family, perturbation size, window and horizons."""
+    """How a meta-gradient is estimated: antithetic pairs per task family, perturbation size, window and horizons.
+
+    Horizons are log-uniform on [horizon_low, horizon_high] (constant where these are equal). A ``horizon_schedule``
+    replaces the two: linear between its points, constant before the first and after the last (VeLO D.3).
+    """
 
     name: str = "pes"
     num_tasks: int = 8
@@ -210,6 +295,7 @@ class EstimatorConfig:
     window: int = 50
     horizon_low: int = 100
     horizon_high: int = 2000
+    horizon_schedule: list[HorizonPoint] = field(default_factory=list)
     objective: str = "mean"
 
     def __post_init__(self) -> None:
@@ -220,6 +306,7 @@ class EstimatorConfig:
         at_least("window", self.window, 1)
         at_least("horizon_low", self.horizon_low, 1)
         at_least("horizon_high", self.horizon_high, self.horizon_low)
+        _ascending("horizon_schedule", [point.version for point in self.horizon_schedule])
         if self.name == "pes" and self.objective != "mean":
             raise ConfigError("objective", self.objective, "mean, because PES sums the losses of all windows")
 
@@ -314,26 +401,23 @@ class StorageConfig:
         at_least("keep_last", self.keep_last, 1)
         at_least("keep_every", self.keep_every, 1)
         _location("root", self.root)
-        for name, value in self.options.items():
-            if name not in CLIENT_OPTIONS:  # the value may be a secret
-                known = f"one of {', '.join(CLIENT_OPTIONS)}{did_you_mean(name, CLIENT_OPTIONS)}"
-                raise ConfigError(f"options.{name}", "<not shown>", f"{known}; secrets come from the environment")
-            if type(value) is not (bool if name == "anon" else str):
-                raise ConfigError(f"options.{name}", "<not shown>", "true or false" if name == "anon" else "text")
-        _location("options.endpoint_url", self.options.get("endpoint_url", "default"))
+        _client_options(self.options)
 
 
 @dataclass(frozen=True)
 class EvaluationTaskConfig:
-    """A fixed task that a checkpoint is scored on: a family without augmentation, trained for ``num_steps``."""
+    """A fixed task that a checkpoint is scored on, trained for ``num_steps``.
 
-    family: FamilyConfig = field(default_factory=FamilyConfig)
+    ``task`` is as in ``FamilyConfig``; null means the fixed task of the entry's own name.
+    """
+
+    task: Any = None
     num_steps: int = 300
 
     def __post_init__(self) -> None:
         at_least("num_steps", self.num_steps, 10)
-        if self.family.reparam.level != "none":
-            raise ConfigError("family.reparam.level", self.family.reparam.level, "none: scores are taken as published")
+        if self.task is not None and not isinstance(self.task, str | dict):
+            raise ConfigError("task", self.task, "the name of a fixed task, or a mapping with kind and its fields")
 
 
 @dataclass(frozen=True)
@@ -375,15 +459,6 @@ class Config:
                 self.meta_optimizer.meta_batch,
                 f"cluster.num_workers = {self.cluster.num_workers} in synchronous mode (one meta-gradient each)",
             )
-        families = {f"task.families.{name}": family for name, family in self.task.families.items()}
-        families |= {f"evaluation.tasks.{name}.family": task.family for name, task in self.evaluation.tasks.items()}
-        for path, family in families.items():
-            if family.dataset not in EMBEDDED_DATASETS and self.task.data.root is None:
-                raise ConfigError(
-                    "task.data.root",
-                    None,
-                    f"where {family.dataset} lies, which {path} needs (a folder or an fsspec URL)",
-                )
         if self.evaluation.tasks and self.evaluation.every % self.storage.every:
             raise ConfigError(
                 "evaluation.every",

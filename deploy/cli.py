@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 
 from configs.schema import ConfigError
+from deploy.data import data_app
+from deploy.tasks import tasks_app
 
 if TYPE_CHECKING:
     from deploy.control_client import Endpoint
@@ -25,6 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Meta-train learned optimizers: launch, watch, scale and stop runs.",
 )
+app.add_typer(data_app, name="data")
+app.add_typer(tasks_app, name="tasks")
 console = Console()
 errors = Console(stderr=True)
 
@@ -58,8 +62,10 @@ def train(overrides: Overrides = None) -> None:
         _fail(error)
     try:
         code = launcher.train(config, console)
-    except (ConfigError, StoreError, RunFailed, PoolError, tasks.DataError, lopt.CheckpointError, lopt.ThetaError) as e:
-        _fail(e)
+    except (ConfigError, StoreError, RunFailed, PoolError, lopt.CheckpointError, lopt.ThetaError) as error:
+        _fail(error)
+    except (tasks.DataError, tasks.NothingFits) as error:
+        _fail(error)
     raise typer.Exit(code)
 
 

@@ -24,10 +24,10 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from configs.schema import Config, ConfigError, LoptConfig, did_you_mean
+from configs.schema import Config, ConfigError, EvaluationConfig, LoptConfig, TaskConfig, did_you_mean
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-_PRIVATE = re.compile(r"storage\.options|secret|token|password|credential|(^|[\W_])key\b", re.IGNORECASE)
+_PRIVATE = re.compile(r"(storage|data)\.options|secret|token|password|credential|(^|[\W_])key\b", re.IGNORECASE)
 
 
 class _UniqueKeysLoader(yaml.SafeLoader):
@@ -187,6 +187,8 @@ def _inner(kind: Any, parent: str, path: str, name: str, value: object) -> Any:
     """The type of ``name`` in a section or table of type ``kind``; ``path`` is what the user wrote."""
     if get_origin(kind) is dict:
         return get_args(kind)[1]
+    if kind is Any:
+        return Any  # what is written by hand there is checked by those whom it is for
     if not is_dataclass(kind):
         raise _refuse(path, value, f"nothing below {parent}, which is {_named(kind)}")
     hints = get_type_hints(kind)
@@ -207,7 +209,44 @@ def _merged(kind: Any, old: object, new: object) -> object:
 def _config(tree: object) -> Config:
     config = _typed(Config, tree, "")
     assert isinstance(config, Config)  # noqa: S101 - for the type checker
-    return replace(config, lopt=_constructible(config.lopt))
+    return replace(
+        config, lopt=_constructible(config.lopt), task=_drawable(config.task), evaluation=_fixed(config.evaluation)
+    )
+
+
+def _drawable(chosen: TaskConfig) -> TaskConfig:
+    """``chosen``, with every family known to ``tasks`` and every task that is written by hand in full."""
+    import tasks  # late, because torch takes a second to import
+
+    families = {}
+    for name, family in chosen.families.items():
+        path = f"task.families.{name}"
+        if family.sample is None:
+            families[name] = replace(family, task=_in_full(family.task, name, f"{path}.task"))
+        elif family.sample in tasks.FAMILIES:
+            families[name] = family
+        else:
+            raise _unknown(f"{path}.sample", family.sample, "one of", family.sample, tasks.FAMILIES)
+        tasks.check_augmentations(family.augment, f"{path}.augment")
+    tasks.check_augmentations(chosen.augment, "task.augment")
+    return replace(chosen, families=families)
+
+
+def _fixed(chosen: EvaluationConfig) -> EvaluationConfig:
+    """``chosen``, with every task that is written by hand in full."""
+    found = {
+        name: replace(entry, task=_in_full(entry.task, name, f"evaluation.tasks.{name}.task"))
+        for name, entry in chosen.tasks.items()
+    }
+    return replace(chosen, tasks=found)
+
+
+def _in_full(task: Any, name: str, path: str) -> Any:
+    """A static config written by hand with all its fields, so that later defaults do not change it; a name as it is."""
+    import tasks
+
+    static = tasks.resolve_task(task, name, path)
+    return static.to_dict() if isinstance(task, dict) else task
 
 
 def _constructible(chosen: LoptConfig) -> LoptConfig:
@@ -248,10 +287,15 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
         return {
             _typed(str, name, path): _typed(get_args(kind)[1], item, f"{path}.{name}") for name, item in value.items()
         }
-    if kind is Any and type(value) in (str, int, float, bool):
+    if kind is Any and isinstance(value, list | dict):
+        kind = list[Any] if isinstance(value, list) else dict[str, Any]
+        return _typed(kind, value, path)
+    if kind is Any and (value is None or type(value) in (str, int, float, bool)):
         kind = type(value)
     if kind is float and (type(value) is int or (isinstance(value, str) and _NUMBER.fullmatch(value))):
         value = float(str(value))  # through text, so that a huge whole number becomes inf and is refused
+    if kind is type(None):
+        return None
     if kind not in (str, int, float, bool) or type(value) is not kind:
         hint = f", written {int(value)}" if kind is int and isinstance(value, float) and value.is_integer() else ""
         raise _refuse(path, value, _named(kind) + hint)

@@ -228,10 +228,10 @@ def check_data(data: DataConfig) -> Check:
 
     name, advice = "data root", "set task.data.root to the folder that holds one folder for each data set"
     if data.root is None:
-        return Check(name, "ok", "not set: only embedded data sets (digits)")
+        return Check(name, "ok", "not set: only embedded data sets (digits, pydoc)")
     try:
-        options = {"config_kwargs": S3_DEADLINES} if data.root.startswith("s3://") else {}
-        system, path = url_to_fs(data.root, **options)
+        deadlines = {"config_kwargs": S3_DEADLINES} if data.root.startswith("s3://") else {}
+        system, path = url_to_fs(data.root, **data.options, **deadlines)
         entries = system.ls(path, detail=False)
     except FileNotFoundError:
         return Check(name, "fail", f"{data.root} does not exist", advice)
@@ -241,8 +241,10 @@ def check_data(data: DataConfig) -> Check:
 
 
 def check_cache(data: DataConfig) -> Check:
-    """Whether downloaded data sets can be kept."""
-    path = Path(data.cache).expanduser()
+    """Whether downloaded data sets can be kept; a cache that is a URL is tried when it is used."""
+    if "://" in data.cache.removeprefix("file://"):
+        return Check("data cache", "ok", f"{data.cache} (a URL, not tried)")
+    path = Path(data.cache.removeprefix("file://")).expanduser()
     nearest = next(folder for folder in (path, *path.parents) if folder.exists())
     if nearest.is_dir() and os.access(nearest, os.W_OK):
         return Check("data cache", "ok", f"{path}, {_size(shutil.disk_usage(nearest).free)} free")

@@ -12,6 +12,7 @@ import math
 import signal
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 import tasks
@@ -26,24 +27,28 @@ from learner.checkpoints import CheckpointStore
 from learner.start import build_lopt, initial_theta
 
 
-def preflight(config: Config) -> CheckpointStore:
+def preflight(config: Config, console: Console) -> CheckpointStore:
     """Find what is wrong before anything is started: the store, the data, the optimizer to start from.
 
-    Raises ``StoreError``, ``tasks.DataError``, ``lopt.CheckpointError`` or ``ConfigError``.
+    Raises ``StoreError``, ``tasks.DataError``, ``tasks.NothingFits``, ``lopt.CheckpointError`` or ``ConfigError``.
     """
     store = CheckpointStore(config.storage.root, config.run.name, config.storage.options)
     store.check()
     initial_theta(build_lopt(config), config)
-    for name, family in config.task.families.items():
-        tasks.build_family(name, family, config.task.data)
+    library = tasks.Library(config.task.data)
+    distribution = tasks.TaskDistribution(config.task, library)
+    for warning in distribution.warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+    for family in distribution.families:
+        distribution.build(distribution.draw(np.random.default_rng(config.run.seed), family).static)
     for name, task in config.evaluation.tasks.items():
-        tasks.build_family(name, task.family, config.task.data)
+        tasks.resolve_task(task.task, name, f"evaluation.tasks.{name}.task").build(library)
     return store
 
 
 def train(config: Config, console: Console) -> int:
     """Run to the end; returns the exit code (130 after Ctrl-C)."""
-    store = preflight(config)
+    store = preflight(config, console)
     expected = math.ceil(config.cluster.num_workers / config.meta_optimizer.meta_batch)
     if config.run.mode == "async" and config.meta_optimizer.max_staleness < expected:
         console.print(

@@ -52,8 +52,14 @@ class ChiefStatus:
 
 def suite_id(config: EvaluationConfig) -> str:
     """Name of the suite with a digest of what it means, so that results of another definition are not mixed in."""
-    meaning = json.dumps({name: asdict(task) for name, task in config.tasks.items()}, sort_keys=True)
+    meaning = json.dumps(
+        {name: [_static(config, name).to_dict(), task.num_steps] for name, task in config.tasks.items()}
+    )
     return f"{config.suite}-{hashlib.sha256(meaning.encode()).hexdigest()[:8]}"
+
+
+def _static(config: EvaluationConfig, name: str) -> tasks.StaticConfig:
+    return tasks.resolve_task(config.tasks[name].task, name, f"evaluation.tasks.{name}.task")
 
 
 def result_path(config: EvaluationConfig, item: Item) -> str:
@@ -74,22 +80,21 @@ class Evaluator:
         os.nice(10)  # scoring must not slow down what it watches
         self.config = config.evaluation
         self.store = CheckpointStore(config.storage.root, config.run.name, config.storage.options)
-        self.families = {
-            name: tasks.build_family(name, task.family, config.task.data) for name, task in self.config.tasks.items()
-        }
+        library = tasks.Library(config.task.data)
+        self.tasks = {name: _static(self.config, name).build(library) for name in self.config.tasks}
 
     def evaluate(self, item: Item, checkpoint: Checkpoint) -> float:
         """Make sure that the results of ``item`` and of tuned Adam on its task exist. Returns the seconds it took."""
         start = time.perf_counter()
         num_steps = self.config.tasks[item.task].num_steps
-        family = self.families[item.task]
+        task = self.tasks[item.task]
         yardstick = yardstick_path(self.config, item.task)
         if self.store.read_file(yardstick) is None:
-            tuned = tune_adam(family, num_steps, range(self.config.seeds))
+            tuned = tune_adam(item.task, task, num_steps, range(self.config.seeds))
             self.store.create(yardstick, tuned.to_json().encode())
         rule, theta, _ = lopt.decode(self.store.read(checkpoint, "theta"))
         result = train_one(
-            rule, theta, family, num_steps, item.seed, version=checkpoint.version, checkpoint=item.checkpoint
+            rule, theta, item.task, task, num_steps, item.seed, version=checkpoint.version, checkpoint=item.checkpoint
         )
         self.store.create(result_path(self.config, item), result.to_json().encode())
         return time.perf_counter() - start

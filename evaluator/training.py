@@ -8,17 +8,16 @@ task, touch global randomness or read a clock.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from evaluator.results import TaskResult, Yardstick, rounded
 from lopt import Adam, LearnedOptimizer
 from lopt.base import Theta
-from tasks.base import Batch, Dataset, Params, Task, TaskFamily, losses, losses_and_grads
-from tasks.keys import generator
+from tasks import Batch, Dynamic, Params, Task, generator
+from tasks.random import fold, keys
 
 FINAL_BATCHES = 10  # Celo A.3
 LEARNING_RATES = tuple(float(f"{10 ** (exponent / 2):.4g}") for exponent in range(-10, 1))
@@ -40,35 +39,33 @@ class Curves:
 
 
 def train(
-    optimizer: LearnedOptimizer, theta: Theta, family: TaskFamily, num_steps: int, seeds: Sequence[int]
+    optimizer: LearnedOptimizer, theta: Theta, name: str, task: Task, num_steps: int, seeds: Sequence[int]
 ) -> Curves:
-    """Train ``family``'s fixed task for ``num_steps`` with P particles: ``theta[...][p]`` on ``seeds[p]``.
+    """Train ``task``, called ``name``, for ``num_steps`` with P particles: ``theta[...][p]`` on ``seeds[p]``.
 
-    ``theta`` leaves are (P, ...). Particles with the same seed share initial parameters and every batch. The dynamic
-    configs of a family are not drawn: its task is built as published.
+    ``theta`` leaves are (P, ...). Particles with the same seed share dynamic config, initial parameters and batches.
     """
     particles = len(seeds)
-    for name, leaf in theta.items():
+    for leaf_name, leaf in theta.items():
         if leaf.ndim == 0 or leaf.shape[0] != particles:
             raise ValueError(
-                f"theta[{name!r}] has shape {tuple(leaf.shape)}: expected ({particles}, ...), one per seed"
+                f"theta[{leaf_name!r}] has shape {tuple(leaf.shape)}: expected ({particles}, ...), one per seed"
             )
-    static = family.sample_static(np.random.default_rng(0))
-    task = family.build(static)
-    streams = _Streams(family.name, task.batch_size, seeds)
-    params = streams.init(task)
-    batches = streams.batches("train", family.datasets.train)
+    streams = _Streams(name, task, seeds)
+    dynamic, params = streams.start()
+    batches = streams.batches("train", "train")
     with torch.no_grad():
         state = optimizer.init_particles(theta, params, torch.full((particles,), num_steps))
+        task_state = task.init_state(params)
         curve = torch.empty(particles, num_steps)
         for step in range(num_steps):
-            loss, grads = losses_and_grads(family, static, {}, params, next(batches))
+            loss, grads, task_state = task.losses_and_grads(params, task_state, next(batches), dynamic)
             params, state = optimizer.update_particles(theta, state, params, grads, loss)
             curve[:, step] = loss
         final = {}
-        for split, data in (("train", family.datasets.train), ("test", family.datasets.test)):
-            fresh = islice(streams.batches(f"final {split}", data), FINAL_BATCHES)
-            final[split] = torch.stack([losses(family, static, {}, params, batch) for batch in fresh]).mean(0)
+        for split in ("train", "test"):
+            fresh = islice(streams.batches(f"final {split}", split), FINAL_BATCHES)
+            final[split] = torch.stack([task.losses(params, batch, dynamic) for batch in fresh]).mean(0)
     diverged = ~(final["train"].isfinite() & final["test"].isfinite())
     return Curves(_finite(task, curve), _finite(task, final["train"]), _finite(task, final["test"]), diverged)
 
@@ -76,7 +73,8 @@ def train(
 def train_one(
     optimizer: LearnedOptimizer,
     theta: Theta,
-    family: TaskFamily,
+    name: str,
+    task: Task,
     num_steps: int,
     seed: int,
     *,
@@ -84,10 +82,11 @@ def train_one(
     checkpoint: str,
 ) -> TaskResult:
     """The `TaskResult` of one checkpoint's ``theta`` (no particle axis) on one task and seed; ``seconds`` is None."""
-    curves = train(optimizer, {name: leaf.unsqueeze(0) for name, leaf in theta.items()}, family, num_steps, [seed])
+    single = {leaf_name: leaf.unsqueeze(0) for leaf_name, leaf in theta.items()}
+    curves = train(optimizer, single, name, task, num_steps, [seed])
     train_loss, test_loss = rounded([float(curves.train_loss), float(curves.test_loss)])
     return TaskResult(
-        task=family.name,
+        task=name,
         seed=seed,
         version=version,
         checkpoint=checkpoint,
@@ -99,7 +98,7 @@ def train_one(
 
 
 def tune_adam(
-    family: TaskFamily, num_steps: int, seeds: Sequence[int], learning_rates: Sequence[float] = LEARNING_RATES
+    name: str, task: Task, num_steps: int, seeds: Sequence[int], learning_rates: Sequence[float] = LEARNING_RATES
 ) -> Yardstick:
     """The best Adam of the sweep ``learning_rates`` x ``seeds``, trained as ONE batch.
 
@@ -107,16 +106,17 @@ def tune_adam(
     thus tuned on the very number it is compared by. ValueError if every learning rate diverged.
     """
     rates = [rate for rate in learning_rates for _ in seeds]
-    curves = train(Adam(), {"learning_rate": torch.tensor(rates)}, family, num_steps, [*seeds] * len(learning_rates))
+    theta = {"learning_rate": torch.tensor(rates)}
+    curves = train(Adam(), theta, name, task, num_steps, [*seeds] * len(learning_rates))
     shape = (len(learning_rates), len(seeds))
     test = curves.test_loss.reshape(shape)
     diverged = curves.diverged.reshape(shape).any(1)
     if diverged.all():
-        raise ValueError(f"task {family.name!r}: Adam diverged with every learning rate of {list(learning_rates)}")
+        raise ValueError(f"task {name!r}: Adam diverged with every learning rate of {list(learning_rates)}")
     best = int(test.mean(1).masked_fill(diverged, torch.inf).argmin())
     means = rounded(test.mean(1).tolist())
     return Yardstick(
-        task=family.name,
+        task=name,
         learning_rate=learning_rates[best],
         sweep=[
             [rate, None if bad else mean]
@@ -128,30 +128,38 @@ def tune_adam(
 
 
 class _Streams:
-    """The random streams of (task, seed), drawn once per distinct seed and handed out to all its particles."""
+    """The randomness of (task, seed), drawn once per distinct seed and handed out to all its particles."""
 
-    def __init__(self, task: str, batch_size: int, seeds: Sequence[int]) -> None:
+    def __init__(self, name: str, task: Task, seeds: Sequence[int]) -> None:
+        self._name = name
         self._task = task
-        self._batch_size = batch_size
         self._seeds = sorted(set(seeds))
         self._rows = torch.tensor([self._seeds.index(seed) for seed in seeds])
 
-    def _generators(self, purpose: str) -> list[torch.Generator]:
-        return [generator("evaluation", self._task, seed, purpose) for seed in self._seeds]
+    def _spread(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: leaf[self._rows] for name, leaf in rows.items()}
 
-    def _spread(self, draws: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {name: torch.stack([draw[name] for draw in draws])[self._rows] for name in draws[0]}
+    def start(self) -> tuple[Dynamic, Params]:
+        """Dynamic configs and initial parameters, leaves (P, ...)."""
+        starts = []
+        for seed in self._seeds:
+            draws = generator("evaluation", self._name, seed, "init")
+            dynamic = {name: leaf[0] for name, leaf in self._task.sample_dynamic(draws, 1).items()}
+            starts.append((dynamic, self._task.init(draws, dynamic)))
+        dynamics, params = ([start[part] for start in starts] for part in (0, 1))
+        return self._spread(_stacked(dynamics)), self._spread(_stacked(params))
 
-    def init(self, task: Task) -> Params:
-        """Initial parameters, leaves (P, ...)."""
-        return self._spread([task.init(stream) for stream in self._generators("init")])
+    def batches(self, purpose: str, split: str) -> Iterator[Batch]:
+        """Endless batches of ``split``, leaves (P, batch size, ...)."""
+        key = torch.cat([keys(1, "evaluation", self._name, seed, purpose) for seed in self._seeds])
+        for number in count():
+            yield self._spread(self._task.batch(split, fold(key, number)))
 
-    def batches(self, purpose: str, data: Dataset) -> Iterator[Batch]:
-        """Endless batches of ``data``, leaves (P, batch size, ...)."""
-        streams = self._generators(purpose)
-        while True:
-            yield self._spread([data.sample(stream, (self._batch_size,)) for stream in streams])
+
+def _stacked(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _finite(task: Task, loss: Tensor) -> Tensor:
-    return torch.where(loss.isfinite(), loss, task.normalizer(loss))
+    """Raw losses (P,) or (P, T) where they are finite, the task's worst elsewhere."""
+    return torch.where(loss.isfinite(), loss, torch.tensor(task.worst_loss))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from configs.schema import Config
+from configs.schema import Config, TaskConfig
 
 GIT_SECONDS = 10.0
 
@@ -24,7 +24,7 @@ def provenance(config: Config, config_yaml: str, version: int) -> dict[str, Any]
     return {
         "run": config.run.name,
         "version": version,
-        "data": sorted({family.dataset for family in config.task.families.values()}),
+        "data": sorted(_data(config.task)),
         "config": config_yaml,
         "code": {
             "paceline": importlib.metadata.version("paceline"),
@@ -32,6 +32,23 @@ def provenance(config: Config, config_yaml: str, version: int) -> dict[str, Any]
             "revision": code_revision(),
         },
     }
+
+
+def _data(config: TaskConfig) -> set[str]:
+    """The names of the data sets that a configuration names, or of the fixed tasks and families that imply them."""
+    found: set[str] = set()
+    for name, family in config.families.items():
+        if family.sample is not None:
+            found |= {*config.images, *config.texts} or {family.sample}
+        else:
+            found |= _named(family.task) if isinstance(family.task, dict) else {family.task or name}
+    return found
+
+
+def _named(task: dict[str, Any]) -> set[str]:
+    """The data sets that a static config written as a mapping names, at any depth."""
+    found = {str(task[field]) for field in ("dataset", "corpus") if field in task}
+    return found.union(*(_named(value) for value in task.values() if isinstance(value, dict)))
 
 
 @functools.cache

@@ -163,14 +163,15 @@ def mlp_entries(*sizes: int) -> tuple[ThetaEntry, ...]:
 
 
 def mlp_layers(theta: Theta, constants: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and biases of a three-layer ``mlp`` whose last inputs (P, k) are the same for a whole tensor.
+    """Weights and biases of an ``mlp`` whose last inputs (P, k) are the same for a whole tensor.
 
     Those inputs become part of the first bias.
     """
     first = theta["mlp.w0"]
     columns = first.shape[1] - constants.shape[1]
-    bias = theta["mlp.b0"] + (constants.unsqueeze(1) @ first[:, columns:]).squeeze(1)
-    return [first[:, :columns], theta["mlp.w1"], theta["mlp.w2"]], [bias, theta["mlp.b1"], theta["mlp.b2"]]
+    bias = theta["mlp.b0"] + (constants.to(first.dtype).unsqueeze(1) @ first[:, columns:]).squeeze(1)
+    later = range(1, sum(name.startswith("mlp.w") for name in theta))
+    return [first[:, :columns], *(theta[f"mlp.w{i}"] for i in later)], [bias, *(theta[f"mlp.b{i}"] for i in later)]
 
 
 def step(out: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class MlpLopt(LearnedOptimizer):
     def update_particles(
         self, theta: Theta, state: State, params: Params, grads: Params, loss: Tensor
     ) -> tuple[Params, State]:
-        decays = torch.tensor([DECAYS], device=loss.device)
+        decays = torch.tensor([DECAYS], device=loss.device, dtype=theta["mlp.w0"].dtype)
         weights, biases = mlp_layers(theta, time_features(state["iteration"]))
         new_params: Params = {}
         new_state: State = {"iteration": state["iteration"] + 1}

@@ -1,4 +1,4 @@
-"""The contracts of what is being trained: data sets, tasks, task families, and their losses for many particles.
+"""The contracts of what is being trained: data sets and tasks, and a task's losses and gradients for many particles.
 
 Owns: the abstract interfaces and the one batched evaluation of loss and gradient.
 Must never know a concrete data set or model, draw global random numbers, or update parameters.
@@ -6,18 +6,22 @@ Must never know a concrete data set or model, draw global random numbers, or upd
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from tasks.random import fold
 
 Params = dict[str, Tensor]
 Batch = dict[str, Tensor]
 Dynamic = dict[str, Tensor]
+TaskState = dict[str, Tensor]
+
+IDENTITY: Dynamic = {}
+"""No dynamic config: what is static in the task already, and for what is not, each component's stated default."""
 
 
 class Dataset(ABC):
@@ -26,10 +30,10 @@ class Dataset(ABC):
     num_examples: int
 
     @abstractmethod
-    def sample(self, generator: torch.Generator, shape: tuple[int, ...]) -> Batch:
-        """Examples drawn with replacement; every leaf has the leading dimensions ``shape``, then the example's own.
+    def sample(self, keys: Tensor, batch_size: int) -> Batch:
+        """For each of ``keys`` (n,) a batch of examples drawn with replacement: leaves (n, batch_size, ...).
 
-        All randomness (which example, which augmentation) is drawn here, so that particles can share a batch.
+        Row i depends on ``keys[i]`` alone, and the leaves are on the device of ``keys``.
         """
 
 
@@ -37,88 +41,82 @@ class Dataset(ABC):
 class Datasets:
     """The splits of one data set: inner training, meta-validation, and the held-out test set; disjoint."""
 
+    SPLITS: ClassVar[tuple[str, ...]] = ("train", "outer_valid", "test")
+
     train: Dataset
     outer_valid: Dataset
     test: Dataset
 
 
+class LossesAndGrads(NamedTuple):
+    """Losses (P,), their gradients (P, ...), both detached and float32, and the task state after the step."""
+
+    losses: Tensor
+    grads: Params
+    state: TaskState
+
+
 class Task(ABC):
-    """An inner problem: how its parameters start and what its loss is. Pure; works under ``torch.func``."""
+    """An inner problem: how its parameters start and what its loss is. Pure; works under ``torch.func``.
+
+    ``init`` and ``loss`` are about ONE particle (``dynamic`` is its row); the other methods are particle-major.
+    Batch normalisation uses the statistics of the batch, also when a loss is measured, as the originals do, so that
+    there is no running average to carry. What a task must remember between steps is its ``TaskState``.
+    """
 
     datasets: Datasets
     batch_size: int
     worst_loss: float
     """The meta-loss of a diverged run, and the largest value that ``normalizer`` gives."""
 
-    @abstractmethod
-    def init(self, generator: torch.Generator) -> Params:
-        """The initial parameters of ONE particle, float32."""
-
-    @abstractmethod
-    def loss(self, params: Params, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
-        """The scalar loss of one particle on one batch; ``generator`` serves models that are themselves random."""
-
-    @abstractmethod
-    def normalizer(self, loss: Tensor) -> Tensor:
-        """The meta-loss of each loss, any shape: within [0, worst_loss], and worst_loss where it is not finite."""
-
-
-class StaticConfig(Protocol):
-    """What a task is compiled for: a frozen, hashable, printable dataclass."""
-
-    def to_json(self) -> str:
-        """One line of JSON with sorted keys; equal configs give equal text."""
-        ...
-
-    def digest(self) -> str:
-        """16 hex digits that identify the config: the start of the SHA-256 of ``to_json()``."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
-
-
-class TaskFamily(ABC):
-    """A distribution over tasks that share their data."""
-
-    name: str
-    datasets: Datasets
-
-    @abstractmethod
-    def sample_static(self, rng: np.random.Generator) -> StaticConfig:
-        """A static config; a fixed family is a distribution with one member and always returns that."""
-
-    @abstractmethod
     def sample_dynamic(self, generator: torch.Generator, n: int) -> Dynamic:
         """The dynamic configs of ``n`` particles, leaves (n, ...); {} when nothing varies from particle to particle."""
+        return {}
 
     @abstractmethod
-    def build(self, static: StaticConfig, dynamic: Dynamic | None = None) -> Task:
-        """The task; cheap. ``dynamic`` is ONE particle's row (it may be vmap-batched); None is the identity."""
+    def init(self, generator: torch.Generator, dynamic: Dynamic = IDENTITY) -> Params:
+        """The initial parameters of one particle, float32, on the CPU."""
 
+    @abstractmethod
+    def loss(self, params: Params, batch: Batch, dynamic: Dynamic = IDENTITY) -> Tensor:
+        """The scalar loss of one particle on one batch.
 
-def _forward(family: TaskFamily, static: StaticConfig, dynamic: Dynamic, params: Params, batch: Batch) -> Tensor:
-    def one(row: Dynamic, particle: Params, examples: Batch) -> Tensor:
-        return family.build(static, row).loss(particle, examples)
+        A model that is itself random (dropout, a latent sample) draws from ``batch["key"]`` () with ``tasks.random``.
+        """
 
-    losses: Tensor = torch.func.vmap(one)(dynamic, params, batch)
-    return losses
+    @abstractmethod
+    def normalizer(self, loss: Tensor, dynamic: Dynamic = IDENTITY) -> Tensor:
+        """The meta-loss of each loss (P,) or (): at most ``worst_loss``, and exactly that where it is not finite."""
 
+    def batch(self, split: str, keys: Tensor) -> Batch:
+        """For each of ``keys`` (n,) int64 a batch of the split, and the ``key`` (n,) of the model's own randomness."""
+        dataset: Dataset = getattr(self.datasets, split)
+        return {**dataset.sample(fold(keys, "examples"), self.batch_size), "key": fold(keys, "model")}
 
-def losses(family: TaskFamily, static: StaticConfig, dynamic: Dynamic, params: Params, batch: Batch) -> Tensor:
-    """The loss (P,) of every particle, without gradient; shapes as in ``losses_and_grads``."""
-    with torch.no_grad():
-        return _forward(family, static, dynamic, params, batch)
+    def init_state(self, params: Params) -> TaskState:
+        """What the task remembers before the first step, leaves (P, ...); {} for all but delayed gradients."""
+        return {}
 
+    def losses(self, params: Params, batch: Batch, dynamic: Dynamic = IDENTITY) -> Tensor:
+        """The loss (P,) of every particle, without gradient; leaves (P, ...) everywhere."""
+        with torch.no_grad():
+            return self._forward(params, batch, dynamic)
 
-def losses_and_grads(
-    family: TaskFamily, static: StaticConfig, dynamic: Dynamic, params: Params, batch: Batch
-) -> tuple[Tensor, Params]:
-    """The loss (P,) of every particle and its gradients (P, ...), both detached.
+    def losses_and_grads(
+        self, params: Params, state: TaskState, batch: Batch, dynamic: Dynamic = IDENTITY
+    ) -> LossesAndGrads:
+        """The loss of every particle, its gradients and the state after it; leaves (P, ...) everywhere.
 
-    ``params`` and ``dynamic`` have leaves (P, ...), ``batch`` has leaves (P, batch size, ...). Particles do not
-    influence each other, so one backward pass of the summed losses gives what ``vmap(grad(loss))`` would, several
-    times faster in eager mode; a particle that is not finite leaves the others' gradients as they are.
-    """
-    with torch.enable_grad():
-        leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
-        values = _forward(family, static, dynamic, leaves, batch)
-        grads = torch.autograd.grad(values.sum(), list(leaves.values()))
-    return values.detach(), dict(zip(leaves, grads, strict=True))
+        Particles do not influence each other, so one backward pass of the summed losses gives what
+        ``vmap(grad(loss))`` would, several times faster in eager mode; a particle that is not finite leaves the
+        others' gradients as they are.
+        """
+        with torch.enable_grad():
+            leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+            values = self._forward(leaves, batch, dynamic)
+            grads = torch.autograd.grad(values.sum(), list(leaves.values()))
+        return LossesAndGrads(values.detach(), dict(zip(leaves, grads, strict=True)), state)
+
+    def _forward(self, params: Params, batch: Batch, dynamic: Dynamic) -> Tensor:
+        losses: Tensor = torch.func.vmap(self.loss)(params, batch, dynamic)
+        return losses

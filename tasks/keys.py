@@ -14,7 +14,7 @@ _WORDS = 624  # words of a Mersenne Twister's state
 _HEADER = 3  # int64 words before them in torch's CPU generator state: seed, (left, seeded), next
 
 
-def _encode(key: tuple[int | str, ...]) -> bytes:
+def encode(key: tuple[int | str, ...]) -> bytes:
     """An injective and prefix-free encoding: every part carries its type and its length, the whole its part count."""
     parts = [b"%d:" % len(key)]
     for part in key:
@@ -33,7 +33,7 @@ def generator(*key: int | str) -> torch.Generator:
     of those bits (two of 65,000 keys would likely share a stream), so the Mersenne Twister's whole state is filled
     from SHAKE-256 of the key. Raises TypeError for parts that are neither int nor str.
     """
-    code = _encode(key)
+    code = encode(key)
     seed = int.from_bytes(hashlib.blake2b(code, digest_size=8).digest(), "little")
     stream = torch.Generator().manual_seed(seed)
     state = stream.get_state()

@@ -13,7 +13,7 @@ from deploy import control_client
 
 TINY = [
     "experiment=quick",
-    "task.families={tiny: {dataset: digits, image_size: 8, hidden: [4], batch_size: 8}}",
+    "task.families={tiny: {task: {kind: image_mlp, dataset: digits, hidden: [4], batch_size: 8}}}",
     "estimator.num_tasks=2",
     "estimator.window=5",
     "estimator.horizon_low=5",
@@ -23,7 +23,7 @@ TINY = [
 ]
 TINY_EVALUATION = [
     "evaluation=embedded",
-    "evaluation.tasks={other: {num_steps: 10, family: {dataset: digits, image_size: 8, hidden: [5], batch_size: 8}}}",
+    "evaluation.tasks={other: {num_steps: 10, task: {kind: image_mlp, dataset: digits, hidden: [5], batch_size: 8}}}",
     "evaluation.seeds=2",
     "evaluation.every=50",
 ]

@@ -4,6 +4,7 @@ import torch
 
 import lopt
 import tasks
+from configs.schema import FamilyConfig, TaskConfig
 
 
 class Gd(lopt.LearnedOptimizer):
@@ -27,13 +28,8 @@ class Gd(lopt.LearnedOptimizer):
 class _Nothing(tasks.Dataset):
     num_examples = 1
 
-    def sample(self, generator, shape):
-        return {"nothing": torch.zeros(shape)}
-
-
-class Static(tasks.StaticConfig):
-    def to_json(self):
-        return "{}"
+    def sample(self, keys, batch_size):
+        return {"nothing": torch.zeros(len(keys), batch_size)}
 
 
 class Parabola(tasks.Task):
@@ -42,28 +38,39 @@ class Parabola(tasks.Task):
     worst_loss = 1e6
     curvature = torch.tensor([2.0, 5.0])
 
-    def init(self, generator):
+    def init(self, generator, dynamic=None):
         return {"x": torch.tensor([1.0, -1.0])}
 
-    def loss(self, params, batch, generator=None):
+    def loss(self, params, batch, dynamic=None):
         return 0.5 * (self.curvature * params["x"].square()).sum() + 0 * batch["nothing"].sum()
 
-    def normalizer(self, loss):
+    def normalizer(self, loss, dynamic=None):
         return torch.nan_to_num(loss, nan=self.worst_loss).clamp(0, self.worst_loss)
 
 
-class Family(tasks.TaskFamily):
-    name = "parabola"
-    datasets = Parabola.datasets
-
-    def sample_static(self, rng):
-        return Static()
-
-    def sample_dynamic(self, generator, n):
-        return {}
-
-    def build(self, static, dynamic=None):
+class Static(tasks.StaticConfig):
+    def build(self, library):
         return Parabola()
+
+    def work(self):
+        return None
+
+    def to_json(self):
+        return "{}"
+
+
+class Parabolas:
+    """A task distribution whose families are all the same parabola."""
+
+    def __init__(self, *families, **settings):
+        self.families = families
+        self.config = TaskConfig(families=dict.fromkeys(families, FamilyConfig()), **settings)
+
+    def draw(self, rng, family=None, size=1.0):
+        return tasks.Draw(family or self.families[int(rng.integers(len(self.families)))], Static())
+
+    def build(self, static):
+        return static.build(None)
 
 
 def exact_gradients(length):

@@ -50,7 +50,7 @@ def snapshot(directory):
         ("task=digit", ["task", "did you mean 'digits'"]),
         ("estimator.num_tasks=0", ["estimator.num_tasks", "0", ">= 1"]),
         ("estimator.widnow=3", ["widnow", "did you mean 'window'"]),
-        ("task.families.tiny.batch_size=-4", ["task.families.tiny.batch_size", "-4"]),
+        ("task.families.tiny.task.batch_size=-4", ["task.families.tiny.task.batch_size", "-4"]),
         ("meta_optimizer.learning_rate=nan", ["meta_optimizer.learning_rate", "nan"]),
         ("cluster.num_workers=0", ["cluster.num_workers", "0"]),
         ("run.name=../up", ["run.name", "../up"]),
@@ -62,7 +62,7 @@ def test_configuration(refused, override, parts):
 
 
 def test_data_that_is_missing_or_truncated(refused, tmp_path):
-    family = "task.families={big: {dataset: mnist, hidden: [4]}}"
+    family = "task.families={big: {task: {kind: image_mlp, dataset: mnist, hidden: [4]}}}"
     assert "root" in refused(family)
     assert str(tmp_path / "nowhere") in refused(family, f"task.data.root={tmp_path}/nowhere")
     folder = tmp_path / "data" / "mnist"

@@ -20,17 +20,15 @@ from hypothesis import strategies as st
 from configs import schema
 from configs.schema import Config, ConfigError
 from deploy.config import from_yaml, group_options, load, to_dict, to_yaml
+from tasks.families.image_mlp import ImageMlp
 
 ROOT = Path(str(resources.files("configs")))
 OPTIONS = sorted((file.parent.name, file.stem) for file in ROOT.glob("*/*.yaml"))
 # What an option asks of its user, and nothing else may.
 NEEDS = {
-    ("task", "fast4"): ["task.data.root=/data"],
-    ("task", "fashion_mnist"): ["task.data.root=/data"],
     ("lopt", "celo_phase2"): ["lopt.init_from=/theta"],
     ("storage", "s3"): ["storage.root=s3://bucket/x"],
-    ("experiment", "celo_phase1"): ["task.data.root=/data"],
-    ("experiment", "celo_phase2"): ["task.data.root=/data", "lopt.init_from=/theta"],
+    ("experiment", "celo_phase2"): ["lopt.init_from=/theta"],
 }
 
 
@@ -82,15 +80,12 @@ def test_an_experiment_means_the_same_whatever_the_groups_default_to(option: str
 def test_the_recipes_are_the_papers() -> None:
     celo = load(["experiment=celo_phase1", "task.data.root=/data"])
     assert celo.run.meta_steps == 100_000
-    assert sorted(family.dataset for family in celo.task.families.values()) == [
-        "cifar10",
-        "fashion_mnist",
-        "mnist",
-        "svhn",
-    ]
-    for family in celo.task.families.values():
-        assert (family.image_size, family.hidden, family.activation, family.batch_size) == (8, [32], "relu", 64)
-        assert family.reparam == schema.ReparamConfig("global", 1e-3, 1e3)
+    tasks = [family.task for family in celo.task.families.values()]
+    assert sorted(task["dataset"] for task in tasks) == ["cifar10", "fashion_mnist", "mnist", "svhn"]
+    for task in tasks:
+        assert (task["image_size"], task["grey"], task["hidden"]) == (8, True, [32])
+        assert (task["kind"], task["activation"], task["batch_size"]) == ("image_mlp", "relu", 64)
+    assert celo.task.augment == [{"kind": "reparam", "level": "global", "low": 1e-3, "high": 1e3}]
     pes = schema.EstimatorConfig("pes", num_tasks=8, sigma=0.01, window=50, horizon_low=100, horizon_high=2000)
     assert celo.estimator == pes
     adamw = celo.meta_optimizer
@@ -118,13 +113,12 @@ def test_sync_is_synchronous() -> None:
 
 
 def test_evaluation_tasks_are_held_out_and_have_a_loss_floor(default: Config) -> None:
-    seen = {(tuple(family.hidden), family.activation) for family in default.task.families.values()}
+    seen = [family.task["hidden"] for family in default.task.families.values()]
     assert len(default.evaluation.tasks) == 2
-    for task in default.evaluation.tasks.values():
-        assert (tuple(task.family.hidden), task.family.activation) not in seen
-        assert tuple(task.family.hidden) not in {hidden for hidden, _ in seen}
-        assert task.family.shift > 0
-        assert task.family.noise > 0
+    for entry in default.evaluation.tasks.values():
+        assert entry.task["hidden"] not in seen
+        assert entry.task["shift"] > 0
+        assert entry.task["noise"] > 0
     assert len(default.task.families) > 1
 
 
@@ -132,12 +126,13 @@ def test_evaluation_tasks_are_held_out_and_have_a_loss_floor(default: Config) ->
 
 
 def test_every_field_can_be_set_from_the_command_line(default: Config) -> None:
-    config = load(["storage.options={endpoint_url: 'http://h:1', region: r, anon: true}"])
+    client = "{endpoint_url: 'http://h:1', region: r, anon: true}"
+    config = load([f"storage.options={client}", f"task.data.options={client}"])
     paths = dict(leaves(to_dict(config)))
-    assert set(schema_paths(Config)) == {
-        re.sub(r"(families|tasks|options|arguments)\.\w+", r"\1.*", path) for path in paths
-    }
-    written = [f"'{value}'" if isinstance(value, str) else json.dumps(value) for value in paths.values()]
+    tables = re.compile(r"(families|tasks|options|arguments)\.\w+(\.task)?(?:(?<=task)\.\w+)?")
+    assert set(schema_paths(Config)) == {tables.sub(r"\1.*\2", path) for path in paths}
+    plain = [f"'{value}'" if isinstance(value, str) else json.dumps(value) for value in paths.values()]
+    written = [re.sub(r'"(\w+)": ', r"\1: ", value) for value in plain]  # Hydra's keys have no quotes
     assert load([f"{path}={value}" for path, value in zip(paths, written, strict=True)]) == config
 
 
@@ -155,31 +150,32 @@ def schema_paths(kind: Any, path: str = "") -> Iterator[str]:
 def test_fields_families_and_locations_can_be_overridden(default: Config) -> None:
     config = load(
         [
-            "task.families.digits_mlp32.hidden=[16,16]",
-            "+task.families.mine={dataset: digits, hidden: [8]}",
-            "+task.families.yours.reparam.level=tensor",
+            "task.families.digits_mlp32.task.hidden=[16,16]",
+            "+task.families.mine={task: {kind: image_mlp, dataset: digits, hidden: [8]}, weight: 2}",
+            "+task.families.yours.sample=resnet",
             "~task.families.digits_mlp16x16",
             "task.data.root=/path",
             "storage.root=s3://bucket/x",
             "storage.options.endpoint_url=http://127.0.0.1:8333",
-            "evaluation.tasks.digits_mlp24_gelu.family.noise=0",
+            "evaluation.tasks.digits_mlp24_gelu.task.noise=0",
             "run={seed: 3, max_seconds: 5}",
         ]
     )
-    mine = schema.FamilyConfig(dataset="digits", hidden=[8])
-    yours = schema.FamilyConfig(reparam=schema.ReparamConfig(level="tensor"))
-    changed = replace(default.task.families["digits_mlp32"], hidden=[16, 16])
+    mine = schema.FamilyConfig(task=ImageMlp(dataset="digits", hidden=(8,)).to_dict(), weight=2.0)
+    yours = schema.FamilyConfig(sample="resnet")
+    first = default.task.families["digits_mlp32"]
+    changed = replace(first, task=first.task | {"hidden": [16, 16]})
     assert config.task.families == {"digits_mlp32": changed, "mine": mine, "yours": yours}
     assert config.task.data.root == "/path"
     assert config.storage.root == "s3://bucket/x"
     assert config.storage.options == {"endpoint_url": "http://127.0.0.1:8333"}
-    assert config.evaluation.tasks["digits_mlp24_gelu"].family.noise == 0.0
+    assert config.evaluation.tasks["digits_mlp24_gelu"].task["noise"] == 0.0
     assert config.run == replace(default.run, seed=3, max_seconds=5.0)
 
 
 def test_a_mapping_changes_a_section_and_replaces_a_table(default: Config) -> None:
-    config = load(["task={families: {only: {hidden: [8]}}}", "task.families.only={batch_size: 7}"])
-    assert config.task.families == {"only": schema.FamilyConfig(hidden=[8], batch_size=7)}
+    config = load(["task={families: {only: {sample: vit}}}", "task.families.only={weight: 7}"])
+    assert config.task.families == {"only": schema.FamilyConfig(sample="vit", weight=7.0)}
     assert config.task.data == default.task.data
 
 
@@ -238,7 +234,7 @@ def test_numbers_are_read_as_floats(text: str, value: float) -> None:
 def test_two_loads_share_nothing() -> None:
     first, second = load([]), load([])
     assert first == second
-    first.task.families["digits_mlp32"].hidden.append(1)
+    first.task.families["digits_mlp32"].task["hidden"].append(1)
     to_dict(second)["task"]["families"].clear()
     assert first != second
     assert second == load([])
@@ -271,16 +267,22 @@ counts = st.integers(1, 2**40)
 text = st.text(min_size=1).filter(
     lambda value: value.strip() and "${" not in value and "@" not in value and value != "???"
 )
-families = st.builds(
-    schema.FamilyConfig,
+statics = st.builds(
+    ImageMlp,
     dataset=st.just("digits"),
     image_size=st.integers(10, 40),
-    hidden=st.lists(st.integers(1, 9999), max_size=4),
-    activation=st.sampled_from(schema.ACTIVATIONS),
+    hidden=st.lists(st.integers(1, 9999), max_size=4).map(tuple),
+    activation=st.sampled_from(["relu", "tanh", "dynamic"]),
     batch_size=counts,
     shift=st.integers(0, 9),
     noise=st.floats(0, 1e9),
 )
+families = st.builds(
+    schema.FamilyConfig,
+    task=statics.map(lambda static: static.to_dict()) | st.just("Conv_Cifar10_32x64x64"),
+    weight=positive,
+    augment=st.lists(st.sampled_from([{"kind": "bfloat16", "probability": 0.5}, {"kind": "velo"}]), max_size=2),
+) | st.builds(schema.FamilyConfig, sample=st.sampled_from(["image_mlp", "rnn_lm"]), min_seconds=st.floats(0, 1))
 star_arguments = st.fixed_dictionaries(
     {},
     optional={
@@ -296,6 +298,11 @@ configs = st.builds(
         schema.TaskConfig,
         data=st.builds(schema.DataConfig, root=st.none() | text, cache=text),
         families=st.dictionaries(names, families, min_size=1, max_size=3),
+        time=st.builds(
+            schema.TimeConfig, max_seconds=st.just([1e-4, 1.0]), weights=st.just([0.5, 2.0]), scale=positive
+        ),
+        slots=st.none() | counts,
+        resample=st.floats(0, 1),
     ),
     lopt=st.builds(schema.LoptConfig, name=st.just("celo"), arguments=st.just({"phase": 2}), init_from=text)
     | st.builds(schema.LoptConfig, name=st.just("star"), arguments=star_arguments, init_from=st.none() | text),
@@ -340,11 +347,12 @@ def test_overrides_arrive_exactly(seed: int, sigma: float, noise: float, hidden:
         [
             f"run.seed={seed}",
             f"estimator.sigma={sigma!r}",
-            f"+task.families.{family}={{hidden: {hidden}, noise: {noise!r}}}",
+            f"+task.families.{family}={{task: {{kind: image_mlp, hidden: {hidden}, noise: {noise!r}}}}}",
         ]
     )
     assert (config.run.seed, config.estimator.sigma) == (seed, sigma)
-    assert config.task.families[family] == schema.FamilyConfig(hidden=hidden, noise=noise)
+    expected = ImageMlp(hidden=tuple(hidden), noise=noise).to_dict()
+    assert config.task.families[family] == schema.FamilyConfig(task=expected)
     assert from_yaml(to_yaml(config)) == config
 
 

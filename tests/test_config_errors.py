@@ -18,6 +18,7 @@ import deploy.config
 from configs.schema import Config, ConfigError
 from deploy.config import from_yaml, load, to_dict
 
+MLP32 = "task.families.digits_mlp32.task"
 COMPOSE = cache(deploy.config._compose)
 
 
@@ -99,19 +100,42 @@ def planted(config: Config, path: str, value: object) -> str:
         ("estimator.sigma=0", ["estimator.sigma = 0.0", "a number > 0"]),
         ("estimator.window=1,2", ["estimator.window = '1,2'", "sweeps are not run"]),
         ("estimator.window=range(1,3)", ["estimator.window = 'range(1,3)'", "sweeps are not run"]),
-        ("task.families.digits_mlp32.batch_size=-1", ["task.families.digits_mlp32.batch_size = -1", "a number >= 1"]),
-        ("task.families.digits_mlp32.reparam.levle=x", ["task.families.digits_mlp32.reparam.levle", "'level'?"]),
-        ("task.families.digits_mlp32.reparam.level=tenser", ["digits_mlp32.reparam.level = 'tenser'", "'tensor'?"]),
-        ("task.families.digits_mlp32.hidden=8", ["digits_mlp32.hidden = 8", "a list of whole numbers"]),
-        ("task.families.digits_mlp32.hidden=[8,x]", ["digits_mlp32.hidden[1] = 'x'", "a whole number"]),
-        ("task.families.digits_mlp32.hidden=[0]", ["digits_mlp32.hidden = 0", "a number >= 1"]),
-        ("task.families.digits_mlp32.hidden.0=8", ["hidden.0 = 8", "nothing below"]),
-        ("task.families.digits_mlp3.noise=1", ["task.families.digits_mlp3.noise = 1", "'digits_mlp32'?"]),
-        ("task.families.mine={hidden: [8]}", ["task.families.mine", "+ adds one"]),
-        ("+task.families.digits_mlp32={hidden: [8]}", ["task.families.digits_mlp32", "without +"]),
-        ("+task.families.mine={hiden: [8]}", ["task.families.mine.hiden = [8]", "did you mean 'hidden'?"]),
-        ("+task.families.mine=8", ["task.families.mine = 8", "a section with kind, dataset"]),
-        ("+task.families.mine={dataset: mnist}", ["task.data.root = None", "task.families.mine", "mnist"]),
+        (f"{MLP32}.batch_size=-1", [f"{MLP32}.batch_size = -1", "a number >= 1"]),
+        (f"{MLP32}.bacth_size=1", [f"{MLP32}.bacth_size = 1", "a field of image_mlp", "'batch_size'?"]),
+        (f"{MLP32}.kind=image_mpl", [f"{MLP32}.kind = 'image_mpl'", "'image_mlp'?"]),
+        (f"{MLP32}.hidden=8", [f"{MLP32}.hidden = 8", "a list"]),
+        (f"{MLP32}.hidden=[8,x]", [f"{MLP32}.hidden[1] = 'x'", "a whole number"]),
+        (f"{MLP32}.hidden=[0]", [f"{MLP32}.hidden[0] = 0", "a number >= 1"]),
+        (f"{MLP32}.hidden.0=8", [f"{MLP32}.hidden = [32]", "a plain value"]),
+        (f"{MLP32}.noise=${{x}}", [f"{MLP32}.noise", "interpolations are not resolved"]),
+        ("task.augment=[{kind: reprm}]", ["task.augment[0].kind = 'reprm'", "'reparam'?"]),
+        ("task.augment=[{kind: reparam, levle: x}]", ["task.augment[0].levle", "'level'?"]),
+        ("task.augment=[{kind: reparam, level: tenser, low: 1, high: 2}]", ["task.augment[0].level", "'tensor'?"]),
+        ("task.augment=[{kind: bfloat16, probability: 2}]", ["task.augment[0].probability = 2"]),
+        ("task.augment=5", ["task.augment = 5", "a list"]),
+        (
+            "task.families.digits_mlp32.task=ImageMLP_Fashion",
+            ["digits_mlp32.task = 'ImageMLP_Fashion'", "did you mean"],
+        ),
+        ("task.families.digits_mlp32.task=5", ["digits_mlp32.task = 5", "a mapping with kind"]),
+        ("task.families.digits_mlp32.sample=vit", ["digits_mlp32.sample = 'vit'", "one or the other"]),
+        ("+task.families.mine={sample: viit}", ["task.families.mine.sample = 'viit'", "'vit'?"]),
+        ("+task.families.mine={}", ["task.families.mine.task = 'mine'"]),
+        ("task.texts=[pydoc]", ["task.texts = 'pydoc'", "corpus/vocabulary"]),
+        ("task.resample=1.5", ["task.resample = 1.5", "a probability"]),
+        ("task.time.max_seconds=[1e-4]", ["task.time.weights = []", "1 numbers"]),
+        ("task.size_schedule=[{version: 0, factor: 2}]", ["task.size_schedule", "time.max_seconds"]),
+        ("task.data.missing=ignore", ["task.data.missing = 'ignore'", "error, skip"]),
+        (
+            "estimator.horizon_schedule=[{version: 5}, {version: 5}]",
+            ["estimator.horizon_schedule = [5, 5]", "versions that ascend"],
+        ),
+        ("estimator.horizon_schedule=[{low: 9, high: 3}]", ["estimator.horizon_schedule[0].high = 3", ">= 9"]),
+        ("task.families.digits_mlp3.weight=1", ["task.families.digits_mlp3.weight = 1", "'digits_mlp32'?"]),
+        ("task.families.mine={sample: vit}", ["task.families.mine", "+ adds one"]),
+        ("+task.families.digits_mlp32={sample: vit}", ["task.families.digits_mlp32", "without +"]),
+        ("+task.families.mine={smaple: vit}", ["task.families.mine.smaple = 'vit'", "did you mean 'sample'?"]),
+        ("+task.families.mine=8", ["task.families.mine = 8", "a section with task, sample"]),
         ("+task.families.0x={}", ["override = '+task.families.0x={}'", "key=value"]),
         ("task.families={1: {}}", ["task.families = 1", "text"]),
         ("task.families={}", ["task.families = {}", "at least one task family"]),
@@ -137,11 +161,8 @@ def planted(config: Config, path: str, value: object) -> str:
         ("run.name=???", ["run.name = '???'", "text"]),
         ("evaluation.suite='../x'", ["evaluation.suite = '../x'", "letters"]),
         ("+evaluation.tasks.mine={num_steps: 3}", ["evaluation.tasks.mine.num_steps = 3", "a number >= 10"]),
-        ("evaluation.tasks.digits_mlp24_gelu.family.dataset=svhn", ["task.data.root", "digits_mlp24_gelu.family"]),
-        (
-            "evaluation.tasks.digits_mlp24_gelu.family.reparam.level=global",
-            ["evaluation.tasks.digits_mlp24_gelu.family.reparam.level = 'global'", "none"],
-        ),
+        ("evaluation.tasks.digits_mlp24_gelu.task.dataset=svnh", ["digits_mlp24_gelu.task", "svnh", "'svhn'?"]),
+        ("evaluation.tasks.digits_mlp24_gelu.task=null", ["evaluation.tasks.digits_mlp24_gelu.task"]),
         ("storage.every=30", ["evaluation.every = 100", "storage.every = 30"]),
         ("storage.root=", ["storage.root = ''", "a path or URL"]),
         ("run.mode=sync", ["meta_optimizer.meta_batch = 4", "cluster.num_workers = 2"]),
@@ -154,8 +175,8 @@ def planted(config: Config, path: str, value: object) -> str:
         ("lopt.arguments.phase=3", ["lopt.arguments.phase = 3", "1 (update rule)"]),
         ("lopt.arguments.phase='1'", ["lopt.arguments.phase = '1'", "a whole number"]),
         ("lopt.arguments.phase=true", ["lopt.arguments.phase = True", "a whole number"]),
-        ("lopt.arguments.phase=null", ["lopt.arguments.phase = None", "a plain value"]),
-        ("lopt.arguments.phase=[1]", ["lopt.arguments.phase = [1]", "a plain value"]),
+        ("lopt.arguments.phase=null", ["lopt.arguments.phase = None", "a whole number"]),
+        ("lopt.arguments.phase=[1]", ["lopt.arguments.phase = [1]", "a whole number"]),
         ("lopt.arguments.phsae=1", ["lopt.arguments.phsae = 1", "an argument of celo: phase", "did you mean 'phase'?"]),
         ("~lopt.arguments.phase", ["lopt.arguments.phase = None", "a whole number, because celo has no default"]),
         ("lopt={name: velo, arguments: {lstm_size: 0}}", ["lopt.arguments.lstm_size = 0", "a number >= 1"]),
@@ -222,7 +243,9 @@ def test_no_field_accepts_what_has_no_meaning(default: Config, value: object) ->
 
 
 def test_null_is_refused_where_the_schema_does_not_allow_it(default: Config) -> None:
-    optional = {"task.data.root", "lopt.init_from", "run.max_seconds"}
+    optional = {"task.data.root", "lopt.init_from", "run.max_seconds", "task.slots"}
+    optional |= {"task.families.digits_mlp32.sample", f"{MLP32}.num_classes"}
+    optional |= {"evaluation.tasks.digits_mlp48x48_tanh.task.num_classes"}
     optional |= {"meta_optimizer.clip_value", "meta_optimizer.clip_norm"}
     for path, _ in leaves(to_dict(default)):
         if path not in optional:
@@ -232,7 +255,7 @@ def test_null_is_refused_where_the_schema_does_not_allow_it(default: Config) -> 
 
 def test_an_unknown_key_is_refused_in_every_section_of_a_stored_configuration(default: Config) -> None:
     sections = {path.rpartition(".")[0] for path, _ in leaves(to_dict(default))}
-    assert {"run", "task.data", "task.families.digits_mlp32.reparam", "lopt.arguments"} <= sections
+    assert {"run", "task.data", MLP32, "task.time", "lopt.arguments"} <= sections
     for section in sections:
         with pytest.raises(ConfigError, match=re.escape(f"{section}.unheard_of = 1")):
             from_yaml(planted(default, f"{section}.unheard_of", 1))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import lopt
-from tasks import Dataset
+from tasks import Dataset, random
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "curves.py"
 spec = importlib.util.spec_from_file_location("benchmarks_curves", SCRIPT)
@@ -102,9 +102,9 @@ class OneBadBatch(Dataset):
     def __init__(self, inner):
         self.inner, self.num_examples, self.drawn = inner, inner.num_examples, 0
 
-    def sample(self, generator, shape):
+    def sample(self, keys, batch_size):
         self.drawn += 1
-        batch = self.inner.sample(generator, shape)
+        batch = self.inner.sample(keys, batch_size)
         return batch | {"image": batch["image"] * math.inf} if self.drawn == 2 else batch
 
 
@@ -131,7 +131,7 @@ def test_speed_up_is_all_steps_over_those_that_celo_needed():
 
 def test_the_transformer_predicts_each_character_from_those_before_it():
     model = curves.Transformer(torch.Generator().manual_seed(0))
-    text = curves.text_problem().train.sample(torch.Generator().manual_seed(0), (1,))["text"]
+    text = curves.batch(curves.text_problem().train, random.keys(1, "test"), 1)["text"]
     x = model.characters(text[:, :-1])
     x.retain_grad()
     model.blocks(x)[0, 10].sum().backward()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.quadratic import Family, Gd, Static, exact_gradients
+from tests.quadratic import Gd, Parabola, exact_gradients
 from worker import estimators
 from worker.estimators import PES, FullES, es_gradient, pes_gradient
 from worker.unroll import Unroll
@@ -25,7 +25,7 @@ def pes_residuals(calls, num_tasks=2, window=3, length=7):
     """Estimate minus truth for every window in which an episode ended, wherever in the window it did."""
     rule = Gd()
     theta = rule.init_theta(None)
-    pes = PES(Unroll(Family(), Static(), rule, num_tasks, (length, length), ("pes",)), SIGMA, window=window)
+    pes = PES(Unroll(Parabola(), rule, num_tasks, (length, length), ("pes",)), SIGMA, window=window)
     exact, state, residuals = exact_gradients(length), pes.init(), []
     for _ in range(calls):
         step, ends, over = state["inner_step"].clone(), state["ends"].clone(), state["over"].clone()
@@ -66,7 +66,7 @@ def test_pes_with_the_originals_credit_of_the_terminating_step_is_biased(monkeyp
 def test_full_es_is_unbiased_over_2000_estimates(objective, monkeypatch):
     monkeypatch.setattr(estimators, "FINAL_BATCHES", 1)
     length, rule = 6, Gd()
-    full = FullES(Unroll(Family(), Static(), rule, 1, (length, length), ("es",)), SIGMA, objective=objective)
+    full = FullES(Unroll(Parabola(), rule, 1, (length, length), ("es",)), SIGMA, objective=objective)
     exact = exact_gradients(length + 1)
     truth = exact[:length].mean(0) if objective == "mean" else exact[length]
     theta, state, residuals = rule.init_theta(None), full.init(), []

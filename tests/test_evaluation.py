@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import lopt
-from configs.schema import DataConfig, FamilyConfig
+from configs.schema import DataConfig
 from evaluator.results import TaskResult, Yardstick
 from evaluator.scores import score
 from evaluator.training import FINAL_BATCHES, LEARNING_RATES, Curves, train, train_one, tune_adam
-from tasks import build_family, generator
+from tasks import Library, generator, static_from_dict
+from tasks.random import fold, keys
 
 STEPS = 12
 
@@ -29,12 +30,13 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def family():
-    config = FamilyConfig(dataset="digits", hidden=[12], batch_size=16, shift=1, noise=0.1)
-    return build_family("digits_12", config, DataConfig())
+    """The task and its name, as ``train`` takes them."""
+    task = {"kind": "image_mlp", "dataset": "digits", "hidden": [12], "batch_size": 16, "shift": 1, "noise": 0.1}
+    return "digits_12", static_from_dict(task).build(Library(DataConfig()))
 
 
 def adam(family, rates, seeds, steps=STEPS):
-    return train(lopt.Adam(), {"learning_rate": torch.tensor(rates)}, family, steps, seeds)
+    return train(lopt.Adam(), {"learning_rate": torch.tensor(rates)}, *family, steps, seeds)
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +46,9 @@ def celo():
 
 
 def test_the_same_seeds_give_the_same_result_to_the_last_bit(family, celo):
-    first, second = (train_one(*celo, family, STEPS, 3, version=1, checkpoint="c") for _ in range(2))
+    first, second = (train_one(*celo, *family, STEPS, 3, version=1, checkpoint="c") for _ in range(2))
     assert first == second
-    assert first != train_one(*celo, family, STEPS, 4, version=1, checkpoint="c")
+    assert first != train_one(*celo, *family, STEPS, 4, version=1, checkpoint="c")
 
 
 def test_global_randomness_has_no_influence_and_is_left_alone(family):
@@ -60,7 +62,7 @@ def test_global_randomness_has_no_influence_and_is_left_alone(family):
 
 
 def test_the_optimizer_under_test_and_adam_start_at_the_same_loss(family, celo):
-    result = train_one(*celo, family, STEPS, 2, version=0, checkpoint="c")
+    result = train_one(*celo, *family, STEPS, 2, version=0, checkpoint="c")
     sweep = adam(family, [1e-4, 1e-2], [2, 2])
     assert result.curve[0] == pytest.approx(float(sweep.losses[0, 0]), rel=1e-5)
     assert torch.equal(sweep.losses[0, 0], sweep.losses[1, 0])
@@ -86,22 +88,26 @@ def test_a_sweep_in_one_batch_equals_its_single_runs(family):
         torch.testing.assert_close(batch.test_loss[row], alone.test_loss[0], rtol=1e-3, atol=1e-4)
 
 
+def batch(task, split, key):
+    return {name: leaf[0] for name, leaf in task.batch(split, key).items()}
+
+
 def test_adam_is_torchs_adam_on_the_declared_streams(family):
     """An oracle built from torch.optim and the documented keys, sharing no code with train()."""
-    task = family.build(family.sample_static(np.random.default_rng(0)))
+    _, task = family
     params = task.init(generator("evaluation", "digits_12", 7, "init"))
     leaves = [leaf.requires_grad_() for leaf in params.values()]
     optimizer = torch.optim.Adam(leaves, lr=5e-2)
-    stream, curve = generator("evaluation", "digits_12", 7, "train"), []
-    for _ in range(STEPS):
-        loss = task.loss(params, family.datasets.train.sample(stream, (16,)))
+    key, curve = keys(1, "evaluation", "digits_12", 7, "train"), []
+    for step in range(STEPS):
+        loss = task.loss(params, batch(task, "train", fold(key, step)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         curve.append(loss.item())
-    stream = generator("evaluation", "digits_12", 7, "final test")
+    key = keys(1, "evaluation", "digits_12", 7, "final test")
     with torch.no_grad():
-        final = [task.loss(params, family.datasets.test.sample(stream, (16,))).item() for _ in range(FINAL_BATCHES)]
+        final = [task.loss(params, batch(task, "test", fold(key, i))).item() for i in range(FINAL_BATCHES)]
     ours = adam(family, [5e-2], [7])
     np.testing.assert_allclose(ours.losses[0], curve, rtol=1e-4)
     assert float(ours.test_loss) == pytest.approx(np.mean(final), rel=1e-4)
@@ -117,9 +123,9 @@ def test_a_diverged_particle_is_marked_capped_and_leaves_the_others_alone(family
 
 
 def test_a_diverged_run_can_be_stored_and_scores_zero(family):
-    yardstick = tune_adam(family, STEPS, [0])
+    yardstick = tune_adam(*family, STEPS, [0])
     theta = {"learning_rate": torch.tensor(1e38)}
-    run = train_one(lopt.Adam(), theta, family, STEPS, 0, version=1, checkpoint="c")
+    run = train_one(lopt.Adam(), theta, *family, STEPS, 0, version=1, checkpoint="c")
     assert TaskResult.from_json(run.to_json()) == run
     assert run.diverged
     assert score([run], {"digits_12": yardstick}).final_loss.iqm == 0.0
@@ -132,7 +138,7 @@ def test_the_sweep_is_half_powers_of_ten_from_1e_minus_5_to_1():
 
 
 def test_the_yardstick_is_the_learning_rate_with_the_lowest_mean_test_loss(family):
-    yardstick = tune_adam(family, STEPS, [0, 1])
+    yardstick = tune_adam(*family, STEPS, [0, 1])
     curves = {rate: adam(family, [rate, rate], [0, 1]) for rate in (1e-3, yardstick.learning_rate, 1.0)}
     losses = {rate: float(curve.test_loss.mean()) for rate, curve in curves.items()}
     assert min(losses, key=losses.get) == yardstick.learning_rate
@@ -146,24 +152,24 @@ def test_a_learning_rate_that_diverges_for_one_seed_is_never_the_best(family, mo
     test = torch.tensor([0.1, 0.3, 2.0, 1.0])
     curves = Curves(torch.ones(4, 2), test, test, torch.tensor([False, True, False, False]))
     monkeypatch.setattr("evaluator.training.train", lambda *args: curves)
-    yardstick = tune_adam(family, 2, [0, 1], learning_rates=[0.5, 0.1])
+    yardstick = tune_adam(*family, 2, [0, 1], learning_rates=[0.5, 0.1])
     assert yardstick.learning_rate == 0.1
     assert yardstick.sweep == [[0.5, None], [0.1, 1.5]]
     assert yardstick.test_losses == [2.0, 1.0]
 
 
 def test_where_every_learning_rate_diverges_there_is_no_yardstick(family):
-    yardstick = tune_adam(family, STEPS, [0], learning_rates=[1e38, 1e-5])
+    yardstick = tune_adam(*family, STEPS, [0], learning_rates=[1e38, 1e-5])
     assert yardstick.learning_rate == 1e-5
     assert yardstick.sweep[0] == [1e38, None]
     with pytest.raises(ValueError, match="diverged with every learning rate"):
-        tune_adam(family, STEPS, [0], learning_rates=[1e38])
+        tune_adam(*family, STEPS, [0], learning_rates=[1e38])
 
 
 def test_tuned_adam_as_a_checkpoint_scores_one(family):
-    yardstick = tune_adam(family, STEPS, [0, 1])
+    yardstick = tune_adam(*family, STEPS, [0, 1])
     theta = {"learning_rate": torch.tensor(yardstick.learning_rate)}
-    runs = [train_one(lopt.Adam(), theta, family, STEPS, seed, version=0, checkpoint="adam") for seed in (0, 1)]
+    runs = [train_one(lopt.Adam(), theta, *family, STEPS, seed, version=0, checkpoint="adam") for seed in (0, 1)]
     scores = score(runs, {"digits_12": yardstick})
     assert scores.final_loss.iqm == pytest.approx(1.0, abs=0.1)
     assert scores.final_loss.optimality_gap == pytest.approx(0.0, abs=0.1)
@@ -171,7 +177,7 @@ def test_tuned_adam_as_a_checkpoint_scores_one(family):
 
 def test_theta_without_a_particle_axis_is_refused(family):
     with pytest.raises(ValueError, match="'learning_rate'"):
-        train(lopt.Adam(), {"learning_rate": torch.tensor(1e-3)}, family, 1, [0])
+        train(lopt.Adam(), {"learning_rate": torch.tensor(1e-3)}, *family, 1, [0])
 
 
 def test_the_core_imports_without_ray_hydra_or_grpc():

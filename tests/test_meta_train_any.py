@@ -29,7 +29,8 @@ SMALL = {
 }
 """What makes an option small, or complete; the others are tried as they are."""
 TINY = [
-    "task.families={tiny: {hidden: [4], batch_size: 4, reparam: {level: global}}}",
+    "task.families={tiny: {task: {kind: image_mlp, hidden: [4], batch_size: 4}}}",
+    "task.augment=[{kind: reparam, level: global, low: 0.1, high: 10}]",
     "estimator.num_tasks=2",
     "estimator.window=4",
     "estimator.horizon_low=3",
@@ -51,8 +52,8 @@ def config_of(option: str, **changes: object) -> Config:
 
 
 def worker(config: Config, rule: lopt.LearnedOptimizer) -> WorkerCore:
-    families = [tasks.build_family(name, family, config.task.data) for name, family in config.task.families.items()]
-    return WorkerCore(rule, families, config.estimator, 0, ("worker", 0))
+    distribution = tasks.TaskDistribution(config.task, tasks.Library(config.task.data))
+    return WorkerCore(rule, distribution, config.estimator, 0, ("worker", 0))
 
 
 def meta_gradient(turn, version, sequence):
@@ -102,11 +103,11 @@ def test_it_is_meta_trained_with_pes_over_restarts_of_episodes(option):
     own, seen = worker(config, rule), spied(rule)
     learner = LearnerCore(rule, theta, config.meta_optimizer, run="r", incarnation=1, families=["tiny"])
     for sequence in range(3):
-        turn = own.estimate(theta)
+        turn = own.estimate(theta, sequence)
         assert turn.estimate.gradient.shape == (rule.spec.trainable_size,)
         assert turn.estimate.gradient.abs().max() > 0
         assert learner.submit(meta_gradient(turn, 0, sequence)) is Verdict.ACCEPTED, learner.last_malformation
-    assert own._states[0]["episode"].min() >= 1, "no episode was over"
+    assert own._slots[0].state["episode"].min() >= 1, "no episode was over"
     for entry in rule.spec.entries:
         leaves = torch.stack([thetas[entry.name].expand(4, *entry.shape) for thetas in seen])
         assert bool((leaves == theta[entry.name]).all()) == entry.frozen, entry.name
@@ -121,7 +122,7 @@ def test_it_is_meta_trained_with_pes_over_restarts_of_episodes(option):
 
     other = worker(config, rule)
     other.restore(own.snapshot())
-    assert torch.equal(own.estimate(found).estimate.gradient, other.estimate(found).estimate.gradient)
+    assert torch.equal(own.estimate(found, 3).estimate.gradient, other.estimate(found, 3).estimate.gradient)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -129,7 +130,7 @@ def test_it_is_meta_trained_with_full_es(option):
     config = config_of(option)
     config = replace(config, estimator=replace(config.estimator, name="full_es", horizon_high=5))
     rule = build_lopt(config)
-    estimate = worker(config, rule).estimate(initial_theta(rule, config)).estimate
+    estimate = worker(config, rule).estimate(initial_theta(rule, config), 0).estimate
     assert np.isfinite(estimate.mean_loss)
     assert estimate.gradient.isfinite().all()
     assert estimate.gradient.abs().max() > 0

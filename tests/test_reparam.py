@@ -2,27 +2,34 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import DataConfig, FamilyConfig, ReparamConfig
-from tasks import build_family, generator, losses, losses_and_grads
+from configs.schema import ConfigError
+from tasks.augmentations.reparam import LEVELS, Reparam
+from tasks.families.image_mlp import ImageMlp
+from tasks.keys import generator
+from tasks.random import keys
+from tests.task_laws import RandomLibrary, assert_laws
 
-LEVELS = ("global", "tensor", "parameter")
+LIBRARY = RandomLibrary()
+PLAIN = ImageMlp(hidden=(8,))
 
 
-def families(level, low=1e-3, high=1e3):
-    config = FamilyConfig(hidden=[8], reparam=ReparamConfig(level, low, high))
-    return build_family("d", FamilyConfig(hidden=[8]), DataConfig()), build_family("d", config, DataConfig())
+def tasks_of(level, low=1e-3, high=1e3):
+    return PLAIN.build(LIBRARY), Reparam(task=PLAIN, level=level, low=low, high=high).build(LIBRARY)
 
 
-def initial(family, static, dynamic, count):
+def particles(plain, wrapped, count):
+    """The same weights with and without taus, and the taus."""
+    dynamic = wrapped.sample_dynamic(generator(0), count)
     rows = [{name: leaf[i] for name, leaf in dynamic.items()} for i in range(count)]
-    each = [family.build(static, row).init(generator("init", i)) for i, row in enumerate(rows)]
-    return {name: torch.stack([one[name] for one in each]) for name in each[0]}
+    weights = [plain.init(generator("init", i)) for i in range(count)]
+    divided = [wrapped.init(generator("init", i), rows[i]) for i in range(count)]
+    stack = lambda each: {name: torch.stack([one[name] for one in each]) for name in each[0]}  # noqa: E731
+    return stack(weights), stack(divided), dynamic
 
 
 def tau_of(dynamic, name, like):
@@ -38,21 +45,27 @@ def test_the_dynamic_config_carries_the_taus_of_its_level():
         "tensor": {f"tau/{name}": (5,) for name in shapes},
         "parameter": {f"tau/{name}": (5, *shape) for name, shape in shapes.items()},
     }.items():
-        dynamic = families(level)[1].sample_dynamic(generator(0), 5)
+        dynamic = tasks_of(level)[1].sample_dynamic(generator(0), 5)
         assert {name: tuple(leaf.shape) for name, leaf in dynamic.items()} == expected
+
+
+def test_what_the_task_itself_draws_is_among_it():
+    static = Reparam(task=ImageMlp(activation="dynamic", initializer="dynamic"), level="global")
+    dynamic = static.build(LIBRARY).sample_dynamic(generator(0), 5)
+    assert dynamic.keys() == {"tau", "activation", "initializer", "initializer_scale"}
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from(LEVELS), st.integers(0, 1000), st.floats(1e-3, 1.0), st.floats(1.0, 1e3))
 def test_tau_stays_in_its_range(level, seed, low, high):
-    dynamic = families(level, low, high)[1].sample_dynamic(generator(seed), 7)
+    dynamic = tasks_of(level, low, high)[1].sample_dynamic(generator(seed), 7)
     for tau in dynamic.values():
         assert tau.min() >= low * (1 - 1e-5)
         assert tau.max() <= high * (1 + 1e-5)
 
 
 def test_log_tau_is_uniform():
-    tau = families("global")[1].sample_dynamic(generator(0), 20_000)["tau"]
+    tau = tasks_of("global")[1].sample_dynamic(generator(0), 20_000)["tau"]
     log_tau = tau.log10().sort().values
     distance = (log_tau + 3) / 6 - torch.linspace(0, 1, 20_000)
     assert distance.abs().max() < 1.63 / math.sqrt(20_000)  # Kolmogorov-Smirnov at 1 %
@@ -60,25 +73,20 @@ def test_log_tau_is_uniform():
 
 @pytest.mark.parametrize("level", ["tensor", "parameter"])
 def test_every_tensor_and_every_particle_has_its_own_tau(level):
-    dynamic = families(level)[1].sample_dynamic(generator(0), 6)
+    dynamic = tasks_of(level)[1].sample_dynamic(generator(0), 6)
     drawn = torch.cat([leaf.flatten() for leaf in dynamic.values()])
     assert len(drawn.unique()) > 0.99 * len(drawn)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_function_at_initialisation_is_unchanged_and_the_trained_weights_are_divided(level):
-    plain, wrapped = families(level)
-    rng = np.random.default_rng(0)
-    dynamic = wrapped.sample_dynamic(generator(0), 9)
-    static, wrapped_static = plain.sample_static(rng), wrapped.sample_static(rng)
-    weights, divided = initial(plain, static, {}, 9), initial(wrapped, wrapped_static, dynamic, 9)
-    batch = plain.datasets.train.sample(generator(1), (9, 32))
-    torch.testing.assert_close(
-        losses(wrapped, wrapped_static, dynamic, divided, batch),
-        losses(plain, static, {}, weights, batch),
-        rtol=1e-5,
-        atol=1e-6,
-    )
+    plain, wrapped = tasks_of(level)
+    weights, divided, dynamic = particles(plain, wrapped, 9)
+    batch = plain.batch("train", keys(9, 1))
+    expected = plain.losses(weights, batch)
+    torch.testing.assert_close(wrapped.losses(divided, batch, dynamic), expected, rtol=1e-5, atol=1e-6)
+    out = wrapped.losses_and_grads(divided, {}, batch, dynamic)
+    torch.testing.assert_close(out.losses, expected, rtol=1e-5, atol=1e-6)
     for name, leaf in weights.items():
         torch.testing.assert_close(divided[name] * tau_of(dynamic, name, leaf), leaf)
     assert not torch.allclose(divided["w0"], weights["w0"])
@@ -86,16 +94,13 @@ def test_the_function_at_initialisation_is_unchanged_and_the_trained_weights_are
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_step_of_sgd_moves_the_weights_tau_squared_times_as_far(level):
-    plain, wrapped = families(level, 0.1, 10.0)
-    rng = np.random.default_rng(0)
-    dynamic = wrapped.sample_dynamic(generator(0), 4)
-    static, wrapped_static = plain.sample_static(rng), wrapped.sample_static(rng)
-    weights, divided = initial(plain, static, {}, 4), initial(wrapped, wrapped_static, dynamic, 4)
+    plain, wrapped = tasks_of(level, 0.1, 10.0)
+    weights, divided, dynamic = particles(plain, wrapped, 4)
     learning_rate = 0.05
     for step in range(5):
-        batch = plain.datasets.train.sample(generator(step), (4, 32))
-        _, grads = losses_and_grads(plain, static, {}, weights, batch)
-        _, divided_grads = losses_and_grads(wrapped, wrapped_static, dynamic, divided, batch)
+        batch = plain.batch("train", keys(4, step))
+        grads = plain.losses_and_grads(weights, {}, batch).grads
+        divided_grads = wrapped.losses_and_grads(divided, {}, batch, dynamic).grads
         divided = {name: leaf - learning_rate * divided_grads[name] for name, leaf in divided.items()}
         for name, leaf in weights.items():
             tau = tau_of(dynamic, name, leaf)
@@ -103,29 +108,32 @@ def test_a_step_of_sgd_moves_the_weights_tau_squared_times_as_far(level):
             torch.testing.assert_close(divided[name] * tau, weights[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_it_keeps_every_law_of_tasks(level):
+    assert_laws(Reparam(task=PLAIN, level=level, low=0.5, high=2.0), LIBRARY)
+
+
 def test_without_a_dynamic_row_the_task_is_the_plain_one():
-    plain, wrapped = families("tensor")
-    rng = np.random.default_rng(0)
-    task = wrapped.build(wrapped.sample_static(rng))
-    reference = plain.build(plain.sample_static(rng))
-    params = task.init(generator(3))
-    batch = plain.datasets.train.sample(generator(4), (16,))
-    assert all(torch.equal(params[name], leaf) for name, leaf in reference.init(generator(3)).items())
-    assert torch.equal(task.loss(params, batch), reference.loss(params, batch))
+    plain, wrapped = tasks_of("tensor")
+    params = wrapped.init(generator(3))
+    batch = {name: leaf[0] for name, leaf in plain.batch("train", keys(1, 4)).items()}
+    assert all(torch.equal(params[name], leaf) for name, leaf in plain.init(generator(3)).items())
+    assert torch.equal(wrapped.loss(params, batch), plain.loss(params, batch))
 
 
 def test_what_is_not_the_parameters_passes_through():
-    plain, wrapped = families("global")
-    rng = np.random.default_rng(0)
-    row = {name: leaf[0] for name, leaf in wrapped.sample_dynamic(generator(0), 1).items()}
-    task, reference = wrapped.build(wrapped.sample_static(rng), row), plain.build(plain.sample_static(rng))
-    assert (task.batch_size, task.worst_loss) == (reference.batch_size, reference.worst_loss)
-    assert task.datasets is wrapped.datasets
+    plain, wrapped = tasks_of("global")
+    assert (wrapped.batch_size, wrapped.worst_loss) == (plain.batch_size, plain.worst_loss)
+    batch, expected = wrapped.batch("test", keys(2, 0)), plain.batch("test", keys(2, 0))
+    assert all(torch.equal(leaf, expected[name]) for name, leaf in batch.items())
     loss = torch.tensor([0.5, math.nan, 1e9])
-    assert torch.equal(task.normalizer(loss), reference.normalizer(loss))
+    assert torch.equal(wrapped.normalizer(loss), plain.normalizer(loss))
 
 
-def test_its_static_config_names_level_and_range():
-    configs = [families(level, low)[1].sample_static(np.random.default_rng(0)) for level in LEVELS for low in (0.1, 1)]
+def test_its_static_config_names_level_and_range_and_refuses_others():
+    configs = [Reparam(task=PLAIN, level=level, low=low) for level in LEVELS for low in (0.1, 1.0)]
     assert len({config.digest() for config in configs}) == len({*configs}) == 6
     assert '"level": "global"' in configs[0].to_json()
+    for wrong in ({"level": "none"}, {"low": 0.0}, {"low": 2.0, "high": 1.0}, {"high": math.inf}):
+        with pytest.raises(ConfigError):
+            Reparam(task=PLAIN, **wrong)

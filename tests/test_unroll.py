@@ -8,20 +8,32 @@ from hypothesis import strategies as st
 
 import lopt
 import tasks
-from configs.schema import DataConfig, EstimatorConfig, FamilyConfig, ReparamConfig
-from tests.quadratic import Family, Gd, Static
+from configs.schema import DataConfig, EstimatorConfig, FamilyConfig, HorizonPoint, SizePoint, TaskConfig, TimeConfig
+from tasks.random import fold, keys
+from tests.quadratic import Gd, Parabola, Parabolas
 from worker.core import WorkerCore
+from worker.curriculum import horizon_at, size_at
 from worker.unroll import Unroll, log_uniform
 
-
-def digits(name="tiny", **changes):
-    settings = {"hidden": [4], "batch_size": 8, "shift": 1, "noise": 0.1, "reparam": ReparamConfig("global", 0.1, 10.0)}
-    return tasks.build_family(name, FamilyConfig(**(settings | changes)), DataConfig())
+LIBRARY = tasks.Library(DataConfig())
+REPARAM = {"kind": "reparam", "level": "global", "low": 0.1, "high": 10.0}
 
 
-def unrolled(rule, family, theta, num_tasks, steps, horizon=(3, 9)):
-    static = family.sample_static(np.random.default_rng(0))
-    unroll = Unroll(family, static, rule, num_tasks, horizon, ("test",))
+def mlp(**changes):
+    return {"kind": "image_mlp", "hidden": [4], "batch_size": 8, "shift": 1, "noise": 0.1} | changes
+
+
+def digits():
+    return tasks.static_from_dict(REPARAM | {"task": mlp()}).build(LIBRARY)
+
+
+def distribution(families, **settings):
+    config = TaskConfig(families={name: FamilyConfig(task=task) for name, task in families.items()}, **settings)
+    return tasks.TaskDistribution(config, LIBRARY)
+
+
+def unrolled(rule, task, theta, num_tasks, steps, horizon=(3, 9)):
+    unroll = Unroll(task, rule, num_tasks, horizon, ("test",))
     particles = unroll.start()
     window = unroll.run(theta, particles, steps, 0)
     return particles, window
@@ -47,32 +59,30 @@ def test_both_sides_are_the_same_training_when_nothing_is_perturbed(rule):
 
 @pytest.mark.parametrize("rule", [lopt.SmallFcLopt(4), lopt.Celo(1), lopt.Celo(2)], ids=["small_fc", "celo1", "celo2"])
 def test_particles_in_a_batch_equal_one_training_after_the_other(rule):
-    family, num_tasks, steps = digits(), 2, 12
+    task, num_tasks, steps = digits(), 2, 12
     thetas = both_sides(rule, num_tasks, 0.05)
-    particles, window = unrolled(rule, family, thetas, num_tasks, steps, horizon=(100, 100))
-    static = family.sample_static(np.random.default_rng(0))
-    batches = tasks.generator("test", "batches", 0)
-    data = [family.datasets.train.sample(batches, (num_tasks, 8)) for _ in range(steps)]
+    particles, window = unrolled(rule, task, thetas, num_tasks, steps, horizon=(100, 100))
+    batches = keys(num_tasks, "test", "batches", 0)
+    data = [task.batch("train", fold(batches, step)) for step in range(steps)]
     for i in range(2 * num_tasks):
         draws = tasks.generator("test", "episode", i % num_tasks, 0)
         log_uniform((100, 100), draws)
         torch.randint(1, 101, (), generator=draws)
-        dynamic = {name: leaf[0] for name, leaf in family.sample_dynamic(draws, 1).items()}
-        task = family.build(static, dynamic)
-        params = task.init(draws)
+        dynamic = {name: leaf[0] for name, leaf in task.sample_dynamic(draws, 1).items()}
+        params = task.init(draws, dynamic)
         theta = {name: leaf[i] for name, leaf in thetas.items()}
         state = rule.init_state(theta, params, 100)
         ended = int(particles.ends[i % num_tasks])
         for t in range(min(steps, ended)):
             batch = {name: leaf[i % num_tasks] for name, leaf in data[t].items()}
-            grads, loss = torch.func.grad_and_value(lambda p, b=batch, f=task: f.loss(p, b))(params)
+            grads, loss = torch.func.grad_and_value(task.loss)(params, batch, dynamic)
             torch.testing.assert_close(task.normalizer(loss), window.losses[t, i], rtol=2e-4, atol=2e-5)
             params, state = rule.update(theta, state, params, grads, loss)
 
 
 def test_episodes_end_at_their_horizon_and_the_first_one_earlier():
     rule = Gd()
-    unroll = Unroll(Family(), Static(), rule, 64, (10, 10), ("stagger",))
+    unroll = Unroll(Parabola(), rule, 64, (10, 10), ("stagger",))
     theta = rule.spec.unflatten(rule.spec.flatten(rule.init_theta(None)).expand(128, -1), rule.init_theta(None))
     _, done = unroll.run(theta, unroll.start(), 40, 0)
     first = [int(column.nonzero()[0]) + 1 for column in done.T]
@@ -100,7 +110,7 @@ def test_a_diverging_particle_reports_the_worst_loss_and_leaves_the_others_alone
     flat = torch.tensor([[0.08, 0.03]]).repeat(4, 1)
     sane = rule.spec.unflatten(flat, rule.init_theta(None))
     mad = rule.spec.unflatten(torch.cat([flat[:1] * 1e6, flat[1:]]), rule.init_theta(None))
-    unroll = Unroll(Family(), Static(), rule, 2, (50, 50), ("mad",))
+    unroll = Unroll(Parabola(), rule, 2, (50, 50), ("mad",))
     expected = unroll.run(sane, unroll.start(), 40, 0).losses
     losses = unroll.run(mad, unroll.start(), 40, 0).losses
     assert losses.isfinite().all()
@@ -116,19 +126,21 @@ CONFIGS = {
 }
 
 
+@pytest.mark.parametrize("slots", [None, 3])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_a_restored_worker_goes_on_bit_for_bit(config):
+def test_a_restored_worker_goes_on_bit_for_bit(config, slots):
     rule = lopt.Celo(2)
     theta = rule.init_theta(torch.Generator().manual_seed(0))
-    families = [digits("one"), digits("two", hidden=[3, 3])]
+    families = distribution({"one": mlp(), "two": mlp(hidden=[3, 3])}, augment=[REPARAM], slots=slots, resample=0.4)
     first = WorkerCore(rule, families, config, 0, ("w", 0))
-    for _ in range(5):
-        first.estimate(theta)
+    for version in range(9):
+        first.estimate(theta, version)
+    assert max(slot.draws for slot in first._slots if slot) > 0, "no task was drawn anew"
     second = WorkerCore(rule, families, config, 0, ("w", 0))
     second.restore(first.snapshot())
-    for _ in range(3):
-        one, two = first.estimate(theta), second.estimate(theta)
-        assert one.family == two.family
+    for version in range(9, 14):
+        one, two = first.estimate(theta, version), second.estimate(theta, version)
+        assert (one.family, one.static_digest) == (two.family, two.static_digest)
         assert torch.equal(one.estimate.gradient, two.estimate.gradient)
         assert one.estimate.gradient.isfinite().all()
         assert one.estimate.gradient.abs().max() > 0
@@ -136,11 +148,8 @@ def test_a_restored_worker_goes_on_bit_for_bit(config):
 
 def test_workers_rotate_through_families_from_their_slot_on_and_differ():
     rule, config = Gd(), CONFIGS["pes"]
-    families = [Family(), Family(), Family()]
-    for family, name in zip(families, "abc", strict=True):
-        family.name = name
-    cores = [WorkerCore(rule, families, config, slot, ("w", slot)) for slot in range(2)]
-    turns = [[core.estimate(rule.init_theta(None)) for _ in range(4)] for core in cores]
+    cores = [WorkerCore(rule, Parabolas(*"abc"), config, slot, ("w", slot)) for slot in range(2)]
+    turns = [[core.estimate(rule.init_theta(None), 0) for _ in range(4)] for core in cores]
     assert ["".join(turn.family for turn in own) for own in turns] == ["abca", "bcab"]
     gradients = [turn.estimate.gradient for own in turns for turn in own]
     assert len({tuple(gradient.tolist()) for gradient in gradients}) == len(gradients)
@@ -157,7 +166,75 @@ def test_frozen_parts_are_not_perturbed():
         return original(thetas, *rest)
 
     rule.update_particles = spy
-    WorkerCore(rule, [digits()], CONFIGS["pes"], 0, ("w",)).estimate(theta)
+    WorkerCore(rule, distribution({"tiny": mlp()}), CONFIGS["pes"], 0, ("w",)).estimate(theta, 0)
     for entry in rule.spec.entries:
         spread = seen[0][entry.name].std(0, correction=0).max()
         assert (spread == 0) == entry.frozen, entry.name
+
+
+def turns(slots, resample, count, config=CONFIGS["full_es"], **settings):
+    core = WorkerCore(Gd(), Parabolas(*"abcd", slots=slots, resample=resample, **settings), config, 0, ("w", 0))
+    theta = Gd().init_theta(None)
+    return [core.estimate(theta, version) for version in range(count)]
+
+
+def test_with_slots_families_are_drawn_by_chance_and_drawn_anew_with_the_configured_probability():
+    never, always = turns(2, 0.0, 40), turns(2, 1.0, 400)
+    assert len({turn.family for turn in never}) <= 2, "a task stays in its slot"
+    counts = [sum(turn.family == family for turn in always) for family in "abcd"]
+    assert min(counts) > 60, f"400 draws of four equal families: {counts}"
+    assert turns(2, 1.0, 20)[-1].family == always[19].family, "the draws are the worker's, not chance"
+
+
+def test_a_task_that_is_drawn_anew_starts_a_new_stream_of_perturbations():
+    gradients = [turn.estimate.gradient for turn in turns(1, 1.0, 6)]
+    assert len({tuple(gradient.tolist()) for gradient in gradients}) == 6
+
+
+SCHEDULE = [HorizonPoint(10, 100, 200), HorizonPoint(20, 200, 1000)]
+
+
+@pytest.mark.parametrize(
+    ("version", "bounds"), [(0, (100, 200)), (10, (100, 200)), (15, (150, 600)), (99, (200, 1000))]
+)
+def test_the_horizon_schedule_is_linear_between_its_points_and_constant_outside(version, bounds):
+    assert horizon_at(EstimatorConfig(horizon_schedule=SCHEDULE), version) == bounds
+
+
+def test_without_a_schedule_the_bounds_are_those_of_the_estimator_at_every_version():
+    assert {horizon_at(EstimatorConfig(horizon_low=7, horizon_high=9), version) for version in (0, 5, 10**6)} == {
+        (7, 9)
+    }
+
+
+def test_the_size_schedule_is_a_factor_that_begins_at_its_first_point():
+    time = TimeConfig(max_seconds=[1e-4], weights=[1.0])
+    config = TaskConfig(
+        families={"a": FamilyConfig()}, time=time, size_schedule=[SizePoint(0, 0.5), SizePoint(10, 1.5)]
+    )
+    assert [size_at(config, version) for version in (0, 5, 10, 50)] == [0.5, 1.0, 1.5, 1.5]
+    assert size_at(TaskConfig(families={"a": FamilyConfig()}), 3) == 1.0
+
+
+def test_a_workers_horizons_follow_the_version_that_it_is_told():
+    config = EstimatorConfig(
+        name="full_es", num_tasks=1, horizon_schedule=[HorizonPoint(0, 2, 2), HorizonPoint(4, 10, 10)]
+    )
+    steps = [turn.estimate.inner_steps for turn in turns(None, 0.0, 6, config)]
+    assert [count // 2 for count in steps] == [2, 4, 6, 8, 10, 10]
+
+
+def test_a_worker_draws_tasks_of_the_size_that_the_curriculum_has_reached():
+    seen = []
+
+    class Sized(Parabolas):
+        def draw(self, rng, family=None, size=1.0):
+            seen.append(size)
+            return super().draw(rng, family, size)
+
+    time = TimeConfig(max_seconds=[1.0], weights=[1.0])
+    parabolas = Sized("a", time=time, size_schedule=[SizePoint(0, 1.0), SizePoint(4, 5.0)], resample=1.0)
+    core = WorkerCore(Gd(), parabolas, CONFIGS["full_es"], 0, ("w",))
+    for version in (0, 1, 4, 9):
+        core.estimate(Gd().init_theta(None), version)
+    assert seen == [1.0, 1.0, 2.0, 5.0, 5.0]

@@ -17,9 +17,9 @@ import torch
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
 from tenacity import before_sleep_log, retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-import tasks
 from configs.schema import Config
 from lopt import LearnedOptimizer, MetaGradient
+from tasks import Library, TaskDistribution
 from worker.core import WorkerCore
 
 CALL_SECONDS = 60.0
@@ -40,9 +40,9 @@ class Worker:
         torch.set_num_threads(1)
         self.config, self.rule, self.name, self.slot, self.learner = config, rule, name, slot, learner
         self.device = torch.device("cuda" if config.cluster.worker_gpus > 0 else "cpu")
-        self.families = [
-            tasks.build_family(family, settings, config.task.data) for family, settings in config.task.families.items()
-        ]
+        self.tasks = TaskDistribution(config.task, Library(config.task.data))
+        for warning in self.tasks.warnings:
+            log.warning(warning)
 
     def run(self) -> str:
         """Work until the learner says to leave."""
@@ -59,7 +59,7 @@ class Worker:
         # a synchronous run repeats itself after a restart, an asynchronous one must not draw the same noise again
         life = 0 if synchronous else ticket.incarnation
         key = ("worker", self.config.run.seed, life, self.name)
-        core = WorkerCore(self.rule, self.families, self.config.estimator, self.slot, key, self.device)
+        core = WorkerCore(self.rule, self.tasks, self.config.estimator, self.slot, key, self.device)
         after = ticket.after
         if ticket.snapshot is not None:
             core.restore(ticket.snapshot)
@@ -73,7 +73,7 @@ class Worker:
                 continue
             start = time.perf_counter()
             theta = self.rule.spec.unflatten(torch.from_numpy(weights.flat.copy()), frozen)
-            turn = core.estimate(theta)
+            turn = core.estimate(theta, weights.version)
             gradient = MetaGradient(
                 run=self.config.run.name,
                 incarnation=ticket.incarnation,

@@ -1,10 +1,11 @@
-"""What one worker does, without Ray: task families in rotation, one estimator each.
+"""What one worker does, without Ray: its tasks in rotation, one estimator each, drawn anew now and then.
 
-Owns the rotation and the estimators' state. Never knows the learner, the clock or the network.
+Owns the slots, their tasks and the estimators' state. Never knows the learner, the clock or the network.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 
 from configs.schema import EstimatorConfig
 from lopt.base import LearnedOptimizer, Theta
-from tasks import StaticConfig, TaskFamily, generator
+from tasks import TaskDistribution, generator
+from worker.curriculum import horizon_at, size_at
 from worker.estimators import PES, Estimate, EstimatorState, FullES, GradientEstimator
 from worker.unroll import CPU, Key, Unroll
 
@@ -26,63 +28,95 @@ class Turn(NamedTuple):
     estimate: Estimate
 
 
-class WorkerCore:
-    """Estimates of the task families in turn, worker ``slot`` starting at the slot-th family.
+@dataclass
+class _Slot:
+    """One task that is being worked on. ``draws`` counts the tasks of this slot, ``drawn_at`` is this one's version."""
 
-    ``key`` (run seed, worker, ...) names all randomness of this worker.
+    draws: int
+    drawn_at: int
+    family: str
+    static_digest: str
+    estimator: GradientEstimator
+    state: EstimatorState
+
+
+class WorkerCore:
+    """Estimates of the slots' tasks in turn, worker ``slot`` starting at the slot-th one.
+
+    One slot for each task family, or ``tasks.config.slots`` whose families are drawn too. ``key`` (run seed, worker,
+    ...) names all randomness of this worker.
     """
 
     def __init__(
         self,
         lopt: LearnedOptimizer,
-        families: list[TaskFamily],
+        tasks: TaskDistribution,
         config: EstimatorConfig,
         slot: int,
         key: Key,
         device: torch.device = CPU,
     ) -> None:
-        self.families, self.slot, self.turns = families, slot, 0
-        self._digests: list[str] = []
-        self._estimators: list[GradientEstimator] = []
-        for family in families:
-            static = family.sample_static(np.random.default_rng(generator(*key, family.name, "static").initial_seed()))
-            self._digests.append(static.digest())
-            self._estimators.append(_build(family, static, lopt, config, (*key, family.name), device))
-        self._states: list[EstimatorState] = [estimator.init() for estimator in self._estimators]
+        self.lopt, self.tasks, self.config, self.slot, self.key, self.device = lopt, tasks, config, slot, key, device
+        self.turns = 0
+        self._slots: list[_Slot | None] = [None] * (tasks.config.slots or len(tasks.families))
 
-    def estimate(self, theta: Theta) -> Turn:
-        """The next family's meta-gradient at ``theta``."""
-        index = (self.turns + self.slot) % len(self.families)
-        estimate, self._states[index] = self._estimators[index].estimate(theta, self._states[index])
+    def estimate(self, theta: Theta, version: int) -> Turn:
+        """The next task's meta-gradient at ``theta``, which is the learner's at ``version``."""
+        index = (self.turns + self.slot) % len(self._slots)
+        slot = self._slots[index]
+        if slot is None:
+            slot = self._slots[index] = self._draw(index, 0, version)
+        slot.estimator.unroll.horizon = horizon_at(self.config, version)
+        estimate, slot.state = slot.estimator.estimate(theta, slot.state)
         self.turns += 1
-        return Turn(self.families[index].name, self._digests[index], estimate)
+        if self._resampled():
+            self._slots[index] = self._draw(index, slot.draws + 1, version)
+        return Turn(slot.family, slot.static_digest, estimate)
 
     def snapshot(self) -> bytes:
         """Everything that the next estimate depends on besides theta, as safetensors."""
-        tensors = {
-            f"{i}:{name}": leaf.cpu().clone() for i, state in enumerate(self._states) for name, leaf in state.items()
-        }  # cloned, because safetensors refuses tensors that share memory
-        return safetensors.torch.save({"turns": torch.tensor(self.turns), **tensors})
+        tensors = {"turns": torch.tensor(self.turns)}
+        for i, slot in enumerate(self._slots):
+            if slot is not None:
+                tensors[f"{i}"] = torch.tensor([slot.draws, slot.drawn_at])
+                # cloned, because safetensors refuses tensors that share memory
+                tensors |= {f"{i}:{name}": leaf.cpu().clone() for name, leaf in slot.state.items()}
+        return safetensors.torch.save(tensors)
 
     def restore(self, snapshot: bytes) -> None:
         """Continue exactly where ``snapshot`` was taken."""
         tensors = safetensors.torch.load(snapshot)
         self.turns = int(tensors.pop("turns"))
-        self._states = [{} for _ in self._states]
+        for i in range(len(self._slots)):
+            drawn = tensors.pop(f"{i}", None)
+            self._slots[i] = None if drawn is None else self._draw(i, *drawn.tolist())
         for key, leaf in tensors.items():
             index, _, name = key.partition(":")
-            self._states[int(index)][name] = leaf
+            slot = self._slots[int(index)]
+            assert slot is not None  # noqa: S101 - a slot's state is only written with its draw
+            slot.state[name] = leaf
+
+    def _resampled(self) -> bool:
+        """Whether the task of this turn has had its time."""
+        probability = self.tasks.config.resample
+        return probability > 0 and self._rng("resample", self.turns).random() < probability
+
+    def _rng(self, *purpose: int | str) -> np.random.Generator:
+        return np.random.default_rng(generator(*self.key, *purpose).initial_seed())
+
+    def _draw(self, index: int, draws: int, version: int) -> _Slot:
+        """The slot's ``draws``-th task; all that it depends on is in the key and the arguments."""
+        family = None if self.tasks.config.slots else self.tasks.families[index]
+        name = f"slot{index}" if family is None else family
+        draw = self.tasks.draw(self._rng(name, draws, "static"), family, size_at(self.tasks.config, version))
+        key = (*self.key, name, draws)
+        horizon = horizon_at(self.config, version)
+        task = self.tasks.build(draw.static)
+        estimator = _estimator(Unroll(task, self.lopt, self.config.num_tasks, horizon, key, self.device), self.config)
+        return _Slot(draws, version, draw.family, draw.static.digest(), estimator, estimator.init())
 
 
-def _build(
-    family: TaskFamily,
-    static: StaticConfig,
-    lopt: LearnedOptimizer,
-    config: EstimatorConfig,
-    key: Key,
-    device: torch.device,
-) -> GradientEstimator:
-    unroll = Unroll(family, static, lopt, config.num_tasks, (config.horizon_low, config.horizon_high), key, device)
+def _estimator(unroll: Unroll, config: EstimatorConfig) -> GradientEstimator:
     if config.name == "pes":
         return PES(unroll, config.sigma, window=config.window)
     return FullES(unroll, config.sigma, objective=config.objective)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lopt.base import LearnedOptimizer, Params, State, Theta
-from tasks import Dynamic, StaticConfig, TaskFamily, generator, losses, losses_and_grads
+from tasks import Batch, Dynamic, Task, TaskState, generator
+from tasks.random import fold, keys
 
 Key = tuple[int | str, ...]
 CPU = torch.device("cpu")
@@ -34,6 +35,7 @@ class Particles:
 
     params: Params
     state: State
+    task_state: TaskState
     dynamic: Dynamic
     inner_step: Tensor
     horizon: Tensor
@@ -57,7 +59,7 @@ class Particles:
         return cls(**parts, **{name: flat[name].clone() for name in _COUNTERS})  # type: ignore[arg-type]
 
 
-_DICTS = ("params", "state", "dynamic")
+_DICTS = ("params", "state", "task_state", "dynamic")
 _COUNTERS = ("inner_step", "horizon", "ends", "episode", "over")
 
 
@@ -78,31 +80,30 @@ class Window(NamedTuple):
 
 
 class Unroll:
-    """Inner training of one task family under many thetas.
+    """Inner training of one task under many thetas.
 
-    ``horizon`` is (low, high): lengths of episodes are log-uniform on it. ``key`` names this unroll's randomness, which
-    is drawn on the CPU so that it is the same everywhere; particles live on ``device``, counters on the CPU.
+    ``horizon`` is (low, high): lengths of episodes are log-uniform on it; the curriculum may change it between calls.
+    ``key`` names this unroll's randomness. Episodes are drawn on the CPU, batches on ``device``, where particles live,
+    by a counter-based generator, so that they are the same everywhere; counters stay on the CPU.
     """
 
     def __init__(
         self,
-        family: TaskFamily,
-        static: StaticConfig,
+        task: Task,
         lopt: LearnedOptimizer,
         num_tasks: int,
         horizon: tuple[int, int],
         key: Key,
         device: torch.device = CPU,
     ) -> None:
-        self.family, self.static, self.lopt, self.key, self.device = family, static, lopt, key, device
-        self.task = family.build(static)
+        self.task, self.lopt, self.key, self.device = task, lopt, key, device
         self.num_tasks, self.horizon = num_tasks, horizon
 
     def start(self, episode: int = 0) -> Particles:
         """Particles before the given episode: the previous one is over, so that the first step begins it."""
         zeros = torch.zeros(self.num_tasks, dtype=torch.int64)
         over = torch.ones(self.num_tasks, dtype=torch.bool)
-        return Particles({}, {}, {}, zeros, zeros.clone(), zeros.clone(), zeros + episode - 1, over)
+        return Particles({}, {}, {}, {}, zeros, zeros.clone(), zeros.clone(), zeros + episode - 1, over)
 
     def run(self, theta: Theta, particles: Particles, steps: int, window: int, length: int | None = None) -> Window:
         """``steps`` inner steps of all particles, in place; theta leaves are (2n, ...).
@@ -111,38 +112,44 @@ class Unroll:
         draws its horizon, and the first one of each task ends after a uniform part of it, so that the tasks' resets
         do not coincide.
         """
-        batches = generator(*self.key, "batches", window)
+        batches = self._keys("batches", window)
         losses, done = [], []
-        for _ in range(steps):
+        for step in range(steps):
             self._begin_episodes(theta, particles, length)
-            losses.append(self._inner_step(theta, particles, batches))
+            losses.append(self._inner_step(theta, particles, self._batch(fold(batches, step))))
             particles.over = particles.inner_step >= particles.ends
             done.append(particles.over)
         return Window(torch.stack(losses).cpu(), torch.stack(done))
 
     def final_losses(self, particles: Particles, window: int, num_batches: int) -> Tensor:
         """Mean meta-loss (2n,) of the parameters as they are, over fresh training batches."""
-        batches = generator(*self.key, "final", window)
+        batches = self._keys("final", window)
         total = torch.zeros(2 * self.num_tasks, device=self.device)
-        for _ in range(num_batches):
-            batch = self._batch(batches)
-            raw = losses(self.family, self.static, particles.dynamic, particles.params, batch)
-            total += self.task.normalizer(raw)
+        for number in range(num_batches):
+            batch = self._batch(fold(batches, number))
+            raw = self.task.losses(particles.params, batch, particles.dynamic)
+            total += self.task.normalizer(raw, particles.dynamic)
         return (total / num_batches).cpu()
 
-    def _inner_step(self, theta: Theta, particles: Particles, batches: torch.Generator) -> Tensor:
-        batch = self._batch(batches)
-        raw, grads = losses_and_grads(self.family, self.static, particles.dynamic, particles.params, batch)
+    def _inner_step(self, theta: Theta, particles: Particles, batch: Batch) -> Tensor:
+        raw, grads, task_state = self.task.losses_and_grads(
+            particles.params, particles.task_state, batch, particles.dynamic
+        )
         with torch.no_grad():
             particles.params, particles.state = self.lopt.update_particles(
                 theta, particles.state, particles.params, grads, raw
             )
+        particles.task_state = task_state
         particles.inner_step = particles.inner_step + 1
-        return self.task.normalizer(raw)
+        return self.task.normalizer(raw, particles.dynamic)
 
-    def _batch(self, batches: torch.Generator) -> dict[str, Tensor]:
-        one_side = self.task.datasets.train.sample(batches, (self.num_tasks, self.task.batch_size))
-        return {name: torch.cat([leaf, leaf]).to(self.device) for name, leaf in one_side.items()}
+    def _keys(self, purpose: str, window: int) -> Tensor:
+        """One key for each task, shared by its two sides."""
+        return keys(self.num_tasks, *self.key, purpose, window, device=self.device)
+
+    def _batch(self, batches: Tensor) -> Batch:
+        one_side = self.task.batch("train", batches)
+        return {name: torch.cat([leaf, leaf]) for name, leaf in one_side.items()}
 
     def _begin_episodes(self, theta: Theta, particles: Particles, length: int | None) -> None:
         starting = particles.over.nonzero().flatten()
@@ -162,14 +169,16 @@ class Unroll:
         particles.params = _write_rows(particles.params, fresh, rows, 2 * self.num_tasks)
         particles.dynamic = _write_rows(particles.dynamic, dynamic, rows, 2 * self.num_tasks)
         particles.state = _write_rows(particles.state, state, rows, 2 * self.num_tasks)
+        task_state = self.task.init_state(fresh)
+        particles.task_state = _write_rows(particles.task_state, task_state, rows, 2 * self.num_tasks)
 
     def _draw_episode(self, task: int, episode: int, length: int | None) -> Episode:
         draws = generator(*self.key, "episode", task, episode)
         horizon = log_uniform(self.horizon, draws) if length is None else length
         staggered = episode == 0 and length is None
         end = int(torch.randint(1, horizon + 1, (), generator=draws)) if staggered else horizon
-        dynamic = {name: leaf[0] for name, leaf in self.family.sample_dynamic(draws, 1).items()}
-        return Episode(horizon, end, dynamic, self.family.build(self.static, dynamic).init(draws))
+        dynamic = {name: leaf[0] for name, leaf in self.task.sample_dynamic(draws, 1).items()}
+        return Episode(horizon, end, dynamic, self.task.init(draws, dynamic))
 
     def _both_sides(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """k rows of single tasks as (2k, ...): the + sides, then the - sides with the same content."""

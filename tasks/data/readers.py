@@ -1,7 +1,7 @@
 """The published file formats of image data sets, from bytes to arrays.
 
-Owns: IDX (MNIST and its kin), CIFAR's binary format, SVHN's MATLAB arrays, and the check of every byte count, shape,
-type and label. Must never open files or the network (that is files.py), nor unpickle anything.
+Owns: IDX (MNIST and its kin), CIFAR's binary format, SVHN's MATLAB arrays, and the check of every byte count, shape
+and type. Must never open files or the network (that is files.py), nor unpickle anything.
 
 Images come out as uint8 (n, channels, height, width), labels as int64 (n,). Whatever is wrong with the bytes is a
 ``DataError`` that names the file. Any number of examples is accepted, so subsets in the published format work.
@@ -19,11 +19,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.data.matlab import read_matlab
+from tasks.data.sources import Chunk, Images, Labels, check_count, check_labels
 from tasks.errors import DataError
-from tasks.matlab import read_matlab
-
-Images = NDArray[np.uint8]
-Labels = NDArray[np.int64]
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _IDX_UBYTE = 0x08  # the third byte of an IDX magic number; the fourth counts the dimensions
@@ -74,24 +72,6 @@ def _idx(data: bytes, dimensions: int, file: str) -> NDArray[np.uint8]:
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
-def check_labels(labels: NDArray[np.integer], classes: int, file: str, offset: int = 0, stride: int = 1) -> Labels:
-    """``labels`` as int64, all within [0, classes); the byte offset of a bad one is ``offset + stride * index``."""
-    bad = np.flatnonzero((labels < 0) | (labels >= classes))
-    if bad.size:
-        at = int(bad[0])
-        raise DataError(
-            f"{file}: label {int(labels[at])} of example {at} (byte {offset + stride * at}) out of range: "
-            f"expected 0 to {classes - 1}"
-        )
-    return labels.astype(np.int64)
-
-
-def check_count(images: Images, labels: Labels, file: str) -> None:
-    """As many labels as images, and at least one."""
-    if len(images) != len(labels) or len(images) == 0:
-        raise DataError(f"{file}: expected one label for each of its images, found {len(images)} and {len(labels)}")
-
-
 def read_idx_images(data: bytes, side: int, file: str) -> Images:
     """Grey images (n, 1, side, side) of an IDX file (magic 0x00000803), gzip or plain."""
     images = _idx(read_gzip(data, file), 3, file)
@@ -105,7 +85,7 @@ def read_idx_labels(data: bytes, classes: int, file: str) -> Labels:
     return check_labels(_idx(read_gzip(data, file), 1, file), classes, file, offset=8)
 
 
-def read_cifar(data: bytes, label_bytes: int, classes: int, file: str) -> tuple[Images, Labels]:
+def read_cifar(data: bytes, label_bytes: int, classes: int, file: str) -> Chunk:
     """CIFAR's binary format: records of ``label_bytes`` labels (the last one counts) and 3 x 32 x 32 pixels."""
     record = label_bytes + 3 * 32 * 32
     if not data or len(data) % record:
@@ -115,10 +95,10 @@ def read_cifar(data: bytes, label_bytes: int, classes: int, file: str) -> tuple[
         )
     records = np.frombuffer(data, np.uint8).reshape(-1, record)
     labels = check_labels(records[:, label_bytes - 1], classes, file, offset=label_bytes - 1, stride=record)
-    return records[:, label_bytes:].reshape(-1, 3, 32, 32), labels
+    return Chunk(records[:, label_bytes:].reshape(-1, 3, 32, 32), labels)
 
 
-def read_svhn(data: bytes, file: str) -> tuple[Images, Labels]:
+def read_svhn(data: bytes, file: str) -> Chunk:
     """SVHN's cropped digits: MATLAB v5 with X uint8 (32, 32, 3, n) and y (n, 1) in 1 to 10, where 10 is the digit 0."""
     content = read_matlab(data, file)
     for name in ("X", "y"):
@@ -133,4 +113,4 @@ def read_svhn(data: bytes, file: str) -> tuple[Images, Labels]:
     bad = np.flatnonzero(~np.isin(digits, np.arange(1, 11)))
     if bad.size:
         raise DataError(f"{file}: label {digits[bad[0]]} of example {bad[0]} out of range: expected 1 to 10")
-    return np.ascontiguousarray(images.transpose(3, 2, 0, 1)), digits.astype(np.int64) % 10
+    return check_count(np.ascontiguousarray(images.transpose(3, 2, 0, 1)), digits.astype(np.int64) % 10, file)
