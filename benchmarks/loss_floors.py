@@ -70,8 +70,8 @@ def main() -> None:
     except ValueError:
         names = (arguments.suite,)
     torch.set_num_threads(1)
-    print(f"| task | parameters | ms per step | first loss | after {arguments.steps} steps | at rate |")
-    print("|---|---|---|---|---|---|")
+    print("| task | parameters | ms per step | first loss | steps | last loss | rate |")
+    print("|---|---|---|---|---|---|---|")
     for name in names:
         static = fixed_task(name)
         start = time.thread_time()
@@ -79,8 +79,8 @@ def main() -> None:
         milliseconds = 1e3 * (time.thread_time() - start) / (arguments.steps + 2 * FINAL_BATCHES) / len(RATES)
         best = int(last.nan_to_num(nan=torch.inf).argmin())
         print(
-            f"| {name} | {static.work().parameters:,} | {milliseconds:.2f} | {first[best]:.3f} | {last[best]:.4f} "
-            f"| {RATES[best]:g} |",
+            f"| {name} | {static.work().parameters:,} | {milliseconds:.2f} | {first[best]:.3f} | {arguments.steps} "
+            f"| {last[best]:.4f} | {RATES[best]:g} |",
             flush=True,
         )
 

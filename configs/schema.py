@@ -83,6 +83,15 @@ def _location(field: str, value: str) -> None:
         raise ConfigError(field, value, "a path or URL")
 
 
+def split_text(field: str, text: str) -> tuple[str, str]:
+    """The corpus and the vocabulary of ``corpus/vocabulary``; either may hold slashes of its own."""
+    found = re.fullmatch(r"(.+)/(bytes|32k|(?:bpe|sentencepiece):.+)", text)
+    if found is None:
+        expected = "corpus/vocabulary, for example pydoc/bytes, lm1b/32k or text:a.txt/bpe:tokenizer.json"
+        raise ConfigError(field, text, expected)
+    return found[1], found[2]
+
+
 def _client_options(options: dict[str, Any]) -> None:
     """The options of an fsspec client that a configuration may hold."""
     for name, value in options.items():
@@ -241,8 +250,7 @@ class TaskConfig:
         if not 0 <= self.resample <= 1:
             raise ConfigError("resample", self.resample, "a probability from 0 to 1")
         for text in self.texts:
-            if not all(text.partition("/")):
-                raise ConfigError("texts", text, "corpus/vocabulary, for example pydoc/bytes")
+            split_text("texts", text)
         _ascending("size_schedule", [point.version for point in self.size_schedule])
         if self.size_schedule and not self.time.max_seconds:
             raise ConfigError("size_schedule", self.size_schedule, "time.max_seconds, which it would scale")

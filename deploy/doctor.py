@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from packaging.requirements import Requirement
 from rich.console import Console
@@ -230,8 +230,11 @@ def check_data(data: DataConfig) -> Check:
     if data.root is None:
         return Check(name, "ok", "not set: only embedded data sets (digits, pydoc)")
     try:
-        deadlines = {"config_kwargs": S3_DEADLINES} if data.root.startswith("s3://") else {}
-        system, path = url_to_fs(data.root, **data.options, **deadlines)
+        options: dict[str, Any] = {name: value for name, value in data.options.items() if name != "region"}
+        if data.root.startswith("s3://"):
+            region = data.options.get("region")
+            options |= {"config_kwargs": S3_DEADLINES, "client_kwargs": {"region_name": region} if region else {}}
+        system, path = url_to_fs(data.root, **options)
         entries = system.ls(path, detail=False)
     except FileNotFoundError:
         return Check(name, "fail", f"{data.root} does not exist", advice)

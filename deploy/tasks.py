@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from configs.schema import RANGES, ConfigError, DataConfig, did_you_mean, one_of
+from configs.schema import RANGES, ConfigError, DataConfig, did_you_mean, one_of, split_text
 
 if TYPE_CHECKING:
     from tasks.families.draws import Pool
@@ -241,17 +241,13 @@ def _pool(images: str, texts: str, ranges: str) -> Pool:
 
     published = Pool()
     sets = tuple(name.strip() for name in images.split(",") if name.strip())
-    pairs = [text.strip().partition("/") for text in texts.split(",") if text.strip()]
+    pairs = [split_text("texts", text.strip()) for text in texts.split(",") if text.strip()]
     for field, names, kind in (("images", sets, "image"), ("texts", [pair[0] for pair in pairs], "text")):
         known = tuple(entry.name for entry in CATALOGUE.values() if entry.kind == kind)
         for name in names:
             if ":" not in name:  # with a colon it is the user's own
                 one_of(field, name, known)
-    for corpus, slash, vocabulary in pairs:
-        if not vocabulary:
-            raise ConfigError("texts", corpus + slash, "corpus/vocabulary, for example pydoc/bytes")
-    corpora = tuple((corpus, vocabulary) for corpus, _, vocabulary in pairs)
-    return Pool(sets or published.images, corpora or published.texts, ranges)
+    return Pool(sets or published.images, tuple(pairs) or published.texts, ranges)
 
 
 def _draw(family: str, seed: int, index: int, pool: Pool) -> StaticConfig:

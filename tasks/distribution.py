@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from configs.schema import ConfigError, FamilyConfig, TaskConfig, did_you_mean
+from configs.schema import ConfigError, FamilyConfig, TaskConfig, did_you_mean, split_text
 from tasks.augmentations import apply_augmentation
 from tasks.base import Task
 from tasks.data.library import Library
@@ -126,7 +126,7 @@ class TaskDistribution:
     def _pool(self) -> Pool:
         """What parametric families draw data from, without what is missing; empty where no family draws."""
         published = Pool()
-        texts = [(corpus, vocabulary) for corpus, _, vocabulary in (text.partition("/") for text in self.config.texts)]
+        texts = [split_text("task.texts", text) for text in self.config.texts]
         needed = {FAMILIES[family.sample].data for family in self.config.families.values() if family.sample in FAMILIES}
         images = [name for name in self.config.images or published.images if "images" in needed and self._has(name)]
         corpora = [pair for pair in texts or published.texts if "texts" in needed and self._has(pair[0])]

@@ -113,6 +113,7 @@ def test_vmap_may_be_nested():
     inner = torch.func.vmap(torch.func.grad(scalar))
     together = torch.func.vmap(inner)(x, index)
     torch.testing.assert_close(together, torch.stack([each_alone(x[i], index[i], 1) for i in range(2)]))
+    torch.testing.assert_close(torch.func.vmap(inner, in_dims=1)(x.movedim(0, 1), index.T), together)
     # The outer level batches the data alone: index is (11,) inside it.
     data = torch.func.vmap(torch.func.vmap(dynamic), in_dims=(0, None))(x, ALL)
     torch.testing.assert_close(data[1], dynamic(x[1], ALL))

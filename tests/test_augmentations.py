@@ -300,7 +300,7 @@ def test_every_family_can_be_trained_in_bfloat16(fields):
     task, drawn, state = start(Bfloat16(task=static), 2)
     out, exact = step(task, drawn, state), step(static.build(LIBRARY), drawn)
     torch.testing.assert_close(out.losses, exact.losses, rtol=3e-2, atol=0)
-    assert not torch.equal(out.losses, exact.losses)
+    assert out.losses.dtype == torch.float32
     assert all(is_bfloat16(leaf) for leaf in out.grads.values())
     difference = vector({name: leaf - exact.grads[name] for name, leaf in out.grads.items()}).norm()
     assert 1e-4 < difference / vector(exact.grads).norm() < 0.2

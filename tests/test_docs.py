@@ -13,7 +13,7 @@ from lopt.per_parameter import PerParameterRule
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/optimizers.md").read_text()
-PAGES = ["README.md", "docs/optimizers.md", "docs/architecture.md"]
+PAGES = ["README.md", "docs/optimizers.md", "docs/architecture.md", "docs/tasks.md", "docs/tasks_table.md"]
 BLOCK = re.compile(r"^```python(?P<mark>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 MOST_NOT_RUN = 5
 """Blocks of the page on optimizers that need a network, other processes or others' files."""

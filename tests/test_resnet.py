@@ -29,8 +29,8 @@ ORIGINALS = [
     ),
     (
         {"blocks": (1, 1, 1, 1), "widths": (9, 9, 9, 9), "stem_channels": 5, "stem_kernel": 7, "stem_stride": 1}
-        | {"max_pool": False, "image_size": 8, "grey": True},
-        (1099, 2.621304929201635, 4.416384046627919, 1.8930629347634387),
+        | {"max_pool": False, "image_size": 17, "grey": True},
+        (1099, 2.638221420818758, 1.0991072180840984, 0.057736915981561256),
     ),
     (
         {"version": 2, "blocks": (1, 2, 1, 1), "widths": (8, 16, 16, 24), "stem_channels": 6, "image_size": 16}

@@ -9,11 +9,17 @@ import pytest
 import tasks.fixed
 from configs.schema import ConfigError
 from deploy.config import load
+from tasks.augmentations import AUGMENTATIONS
+from tasks.data.catalogue import CATALOGUE
+from tasks.distribution import datasets_of
+from tasks.families import FAMILIES as DRAWN
 from tasks.fixed import MODULES, TASKS, fixed_task
 from tasks.static import static_from_json
 from tasks.suites import SUITES, suite
+from tests import test_docs
 
 ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs/tasks.md").read_text()
 PUBLISHED = json.loads((ROOT / "tests/oracles/initial_losses.json").read_text())["losses"]
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 SIZES = {
@@ -119,11 +125,36 @@ def test_the_evaluation_config_of_a_suite_has_its_tasks(name):
 
 
 def test_embedded17_needs_nothing_and_keeps_the_kind_of_model_of_each_of_the_17():
-    from tasks.distribution import datasets_of
-
     for original, embedded, fashion in zip(SUITES["celo17"], SUITES["embedded17"], SUITES["fashion17"], strict=True):
         assert embedded == f"Embedded_{original}"
         assert TASKS[embedded].kind == TASKS[fashion].kind == TASKS[original].kind
         assert set(datasets_of(TASKS[embedded])) <= {"digits", "pydoc"}
         assert set(datasets_of(TASKS[fashion])) <= {"fashion_mnist", "pydoc"}
         assert TASKS[embedded].work().parameters <= TASKS[original].work().parameters
+
+
+def test_the_page_has_a_row_for_every_family_augmentation_and_suite():
+    names = {
+        kind: [row[kind].strip("`") for row in test_docs.table(PAGE, kind)] for kind in ("family", "kind", "suite")
+    }
+    assert names == {"family": list(DRAWN), "kind": list(AUGMENTATIONS), "suite": list(SUITES)}
+    assert {row["suite"].strip("`"): int(row["tasks"]) for row in test_docs.table(PAGE, "suite")} == SIZES
+
+
+def test_the_page_names_every_data_set():
+    listed = {name for row in test_docs.table(PAGE, "set") for name in re.findall(r"`([\w:]+)`", row["set"])}
+    assert {name for name, entry in CATALOGUE.items() if entry.kind in ("image", "text")} <= listed
+
+
+def test_adam_was_run_on_every_embedded_task_and_none_gets_near_rounding_noise():
+    rows = {row["task"]: row for row in test_docs.table(PAGE, "task")}
+    assert tuple(rows) == SUITES["embedded17"]
+    for name, row in rows.items():
+        assert int(row["parameters"].replace(",", "")) == TASKS[name].work().parameters
+        assert 0.01 < float(row["last loss"]) < float(row["first loss"])
+
+
+@pytest.mark.parametrize("page", ["docs/tasks.md", "docs/tasks_table.md"])
+def test_the_links_of_the_pages_lead_somewhere(page):
+    test_docs.test_links_lead_to_files_and_sections_that_exist(page)
+    test_docs.test_commands_and_files_that_are_named_exist(page)

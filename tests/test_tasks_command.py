@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,6 +18,7 @@ from tasks.fixed import fixed_task
 from tasks.static import static_from_dict
 from tasks.suites import SUITES
 
+PAGE = Path(__file__).parent.parent / "docs/tasks.md"
 MLP = "Embedded_ImageMLP_FashionMnist_Relu128x128"
 
 
@@ -209,6 +213,14 @@ def test_timing_writes_a_table_and_goes_on_where_it_was(tmp_path):
 )
 def test_a_mistake_gets_one_sentence(words, says):
     assert says in refusal(*words)
+
+
+def test_the_commands_of_the_page_work():
+    lines = re.findall(r"^paceline tasks ([^#\n]+)", PAGE.read_text(), flags=re.MULTILINE)
+    assert len(lines) == 6
+    for words in (shlex.split(line) for line in lines):
+        if words[0] != "time":
+            call(*[MLP if word == "NAME" else word for word in words])
 
 
 def test_a_file_that_is_no_task_is_refused(tmp_path):

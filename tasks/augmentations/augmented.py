@@ -93,7 +93,7 @@ class GradientTask(AugmentedTask):
         self, params: Params, state: TaskState, batch: Batch, dynamic: Dynamic = IDENTITY
     ) -> LossesAndGrads:
         out = self.task.losses_and_grads(params, state, batch, dynamic)
-        gradient = torch.cat([leaf.flatten(1) if leaf.ndim > 1 else leaf[:, None] for leaf in out.grads.values()], 1)
+        gradient = torch.cat([leaf.reshape(len(leaf), -1) for leaf in out.grads.values()], 1).float()
         return out._replace(grads=as_params(self.transform(gradient, batch["key"]), out.grads))
 
 

@@ -29,7 +29,7 @@ from tasks.families.image import (
     classifier_meta_loss,
 )
 from tasks.families.initializers import INITIALIZERS, draw_initializer
-from tasks.families.layers import cross_entropies, dropout, norm_params, normalized
+from tasks.families.layers import cross_entropies, dropout, norm_params, normalized, wide
 from tasks.families.mlp import mlp_flops, mlp_layer, mlp_params, mlp_size
 from tasks.random import fold
 from tasks.static import DYNAMIC, Work
@@ -129,7 +129,7 @@ class ImageMlpTask(Task):
         logits = mlp_layer(params, "", last, x)
         if config.loss == "squared":
             one_hot = batch["label"].unsqueeze(-1) == torch.arange(config.classes, device=logits.device)
-            return (logits - one_hot.to(logits.dtype)).square().mean((-2, -1))
+            return (logits - one_hot.to(logits.dtype)).square().mean((-2, -1), dtype=wide(logits))
         return cross_entropies(logits, batch["label"]).mean(-1)
 
     def _forward(self, params: Params, batch: Batch, dynamic: Dynamic) -> Tensor:

@@ -23,6 +23,7 @@ from tasks.families.activations import ACTIVATIONS, draw_activation
 from tasks.families.draws import Pool, choice, log_integer
 from tasks.families.image import ImageStatic, MetaLoss, check_widths
 from tasks.families.initializers import INITIALIZERS, draw_initializer
+from tasks.families.layers import wide
 from tasks.families.mlp import mlp, mlp_flops, mlp_params, mlp_size
 from tasks.families.switches import centered, check_switch, draw_switch, pick, switch
 from tasks.static import DYNAMIC, Work
@@ -112,7 +113,7 @@ class MlpAeTask(Task):
             lambda: pick(center, out.tanh, out.sigmoid),
             lambda: out,
         )
-        columns = (out - image).square().mean(-2)
+        columns = (out - image).square().mean(-2, dtype=wide(out))
         values = pick(switch("log_loss", config.log_loss, dynamic), (columns + FLOOR).log, lambda: columns)
         return values.mean((-3, -2, -1))
 

@@ -26,6 +26,7 @@ from tasks.families.activations import ACTIVATIONS, draw_activation
 from tasks.families.draws import Pool, choice, log_integer
 from tasks.families.image import ImageStatic, MetaLoss, check_widths
 from tasks.families.initializers import INITIALIZERS, draw_initializer
+from tasks.families.layers import wide
 from tasks.families.mlp import mlp, mlp_flops, mlp_params, mlp_size
 from tasks.families.switches import centered, check_switch, draw_switch, pick, switch
 from tasks.random import fold, normal, uniform
@@ -146,8 +147,8 @@ class MlpVaeTask(Task):
         level = torch.full_like(x[..., :1, :1], LEVEL)
         width = pick(center, lambda: 2 * level, lambda: level)
         pixel_mean, pixel_log_sigma = out.chunk(2, -1)
-        log_p = quantized_normal(pixel_mean, pixel_log_sigma, x, noise, width).sum(-1)
-        elbo = log_p - divergence(mean, log_sigma).sum(-1)
+        log_p = quantized_normal(pixel_mean, pixel_log_sigma, x, noise, width).sum(-1, dtype=wide(x))
+        elbo = log_p - divergence(mean, log_sigma).sum(-1, dtype=wide(x))
         return pick(self._per_dimension(dynamic), lambda: -elbo / config.pixels, lambda: -elbo).mean(-1)
 
     def _forward(self, params: Params, batch: Batch, dynamic: Dynamic) -> Tensor:

@@ -112,7 +112,7 @@ def _lstm(params: Params, x: Tensor) -> Tensor:
     h, c = _start(params["core/h0"], x), _start(params["core/c0"], x)
     size = h.shape[-1]
     inward, recurrent = params["core/w"].split_with_sizes((x.shape[-1], size))
-    remember = torch.zeros(4 * size, device=x.device)
+    remember = x.new_zeros(4 * size)
     remember[size : 2 * size] = 1
     states = []
     for drive in (x @ inward + (params["core/b"] + remember)).unbind(1):

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.nn import functional as F
 
 from configs.schema import ConfigError, at_least, one_of
 from tasks.base import IDENTITY, Batch, Datasets, Dynamic, Params, Task
@@ -24,6 +23,7 @@ from tasks.data.corpora import NAMES, OWN_TEXTS
 from tasks.data.vocabulary import BYTES_SIZE, RESERVED, T5_SIZE
 from tasks.families.draws import Pool, choice, log_integer
 from tasks.families.image import CLASSIFIER_NORMALIZERS, MetaLoss, classifier_meta_loss
+from tasks.families.layers import cross_entropies
 from tasks.static import StaticConfig
 
 OWN_VOCABULARIES = ("bpe", "sentencepiece")
@@ -108,8 +108,8 @@ class LanguageModel(Task):
 
     def loss(self, params: Params, batch: Batch, dynamic: Dynamic = IDENTITY) -> Tensor:
         """The mean over all positions that are not padding of the nats for ``target`` (B, S)."""
-        nats = -F.log_softmax(self.logits(params, batch), -1).gather(-1, batch["target"].unsqueeze(-1)).squeeze(-1)
-        real = (batch["obs"] != 0).float()
+        nats = cross_entropies(self.logits(params, batch), batch["target"])
+        real = (batch["obs"] != 0).to(nats.dtype)
         return (nats * real).sum() / real.sum().clamp(min=1)
 
     def normalizer(self, loss: Tensor, dynamic: Dynamic = IDENTITY) -> Tensor:

@@ -3,8 +3,8 @@
 Owns: the fit, which happens when a family is first asked for and takes about a second; nothing fitted is stored.
 Must never measure, nor decide what is quick enough.
 
-VeLO (appendix C.4) trains a set network per family; gradient-boosted trees on the same measurements predict better
-(benchmarks/tasks.py compares them).
+VeLO (appendix C.4) trains a set network per family. On the same measurements trees are about as good at the median and
+better in the tail, and need no training run (benchmarks/step_times.py compares them).
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from tasks.timing.features import WORK, Features, Matrix, features, matrix
 from tasks.timing.table import Row, read_table, table_path
 
 Vector = npt.NDArray[np.float64]
+Described = tuple[Features, Row]
 
 _MINIMUM = 20
-"""Rows that ran below which a kind has no model of its own."""
+"""Rows below which a kind has no model of its own: those that ran for its time, all for whether it runs."""
 
 
 class Prediction(NamedTuple):
@@ -44,7 +45,7 @@ class TimeModel:
 
     def __init__(self, rows: Sequence[Row], source: str) -> None:
         self.source = source
-        self._rows: dict[str, list[tuple[Features, Row]]] = {}
+        self._rows: dict[str, list[Described]] = {}
         for row in rows:
             if row.static:
                 kind, found = _described(row, source)
@@ -71,49 +72,91 @@ class TimeModel:
 
     def _model(self, kind: str) -> _Model:
         if kind not in self._models:
-            rows = self._rows.get(kind, [])
-            own = sum(row.ran for _, row in rows) >= _MINIMUM
-            if not own:
-                rows = [pair for pairs in self._rows.values() for pair in pairs]
-            self._models[kind] = _Model([found for found, _ in rows], [row for _, row in rows], not own)
+            own, every = self._rows.get(kind, []), [pair for pairs in self._rows.values() for pair in pairs]
+            ran, all_ran = ([pair for pair in pairs if pair[1].ran] for pairs in (own, every))
+            self._models[kind] = _Model(
+                _Seconds(ran, _names(ran)) if len(ran) >= _MINIMUM else _Seconds(all_ran, WORK),
+                _Runs(own, _names(own)) if len(own) >= _MINIMUM else _Runs(every, WORK),
+            )
         return self._models[kind]
 
 
-class _Model:
-    """Boosted trees for log seconds (what a line through the work leaves of it), and for whether a config runs."""
+class _Model(NamedTuple):
+    """What is predicted of one kind."""
 
-    def __init__(self, found: Sequence[Features], rows: Sequence[Row], work_only: bool) -> None:
-        # Here, because it takes about a second, which whoever samples nothing need not wait for.
-        from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
-
-        self.names = list(WORK) if work_only else sorted({name for row in found for name in row})
-        inputs = matrix(found, self.names)
-        ran = np.array([row.ran for row in rows])
-        logs = np.log([row.seconds for row in rows if row.ran])
-        self.line = _line(matrix(found, WORK)[ran], logs)
-        self.trees = HistGradientBoostingRegressor(random_state=0)
-        self.trees.fit(inputs[ran], logs - _along(self.line, matrix(found, WORK)[ran]))
-        self.runs = None if ran.all() else HistGradientBoostingClassifier(random_state=0).fit(inputs, ran)
+    seconds: _Seconds
+    runs: _Runs
 
     def predict(self, found: Sequence[Features]) -> Prediction:
+        return Prediction(self.seconds.predict(found), self.runs.predict(found))
+
+
+class _Seconds:
+    """Seconds as a sum of what each unit of every feature costs, corrected by boosted trees.
+
+    The sum is the bulk (so much for a step, a parameter, an operation, a layer), its coefficients are not negative, and
+    it has the least squared relative error. The trees predict the logarithm of what it is wrong by.
+    """
+
+    def __init__(self, rows: Sequence[Described], names: Sequence[str]) -> None:
+        # Here, because it takes about a second, which whoever samples nothing need not wait for.
+        from scipy.optimize import nnls
+        from sklearn.ensemble import HistGradientBoostingRegressor
+
+        self.names = names
+        inputs = matrix([found for found, _ in rows], names)
+        seconds = np.array([row.seconds for _, row in rows])
+        amounts = self._amounts(inputs) / seconds[:, None]
+        scale = amounts.mean(0) + 1e-300
+        self.costs: Vector = nnls(amounts / scale, np.ones(len(seconds)))[0] / scale
+        logs = self._log_costs(inputs)
+        self.trees = HistGradientBoostingRegressor(random_state=0).fit(np.c_[inputs, logs], np.log(seconds) - logs)
+
+    def predict(self, found: Sequence[Features]) -> Vector:
         inputs = matrix(found, self.names)
-        seconds: Vector = np.exp(self.trees.predict(inputs) + _along(self.line, matrix(found, WORK)))
-        runs = np.ones(len(found), dtype=bool) if self.runs is None else self.runs.predict(inputs)
-        return Prediction(seconds, runs)
+        logs = self._log_costs(inputs)
+        seconds: Vector = np.exp(logs + self.trees.predict(np.c_[inputs, logs]))
+        return seconds
+
+    def _amounts(self, inputs: Matrix) -> Matrix:
+        """(n, 1 + features): 1, and of each feature how much a config has; the work itself, not its logarithm."""
+        plain = [
+            np.expm1(column) if name in WORK else column for name, column in zip(self.names, inputs.T, strict=True)
+        ]
+        amounts: Matrix = np.maximum(np.nan_to_num(np.stack([np.ones(len(inputs)), *plain], 1)), 0)
+        return amounts
+
+    def _log_costs(self, inputs: Matrix) -> Vector:
+        """Log seconds (n,) by the sum; added up in one order, so that a config's do not depend on the others'."""
+        total = np.full(len(inputs), 1e-9)
+        for cost, amount in zip(self.costs, self._amounts(inputs).T, strict=True):
+            total += cost * amount
+        logs: Vector = np.log(total)
+        return logs
 
 
-def _line(inputs: Matrix, targets: Vector) -> Vector:
-    """The least-squares coefficients (inputs, then 1) of ``targets``."""
-    solution = np.linalg.lstsq(np.c_[inputs, np.ones(len(inputs))], targets, rcond=None)[0]
-    return np.asarray(solution, dtype=np.float64)
+class _Runs:
+    """Whether a config runs, by boosted trees."""
+
+    def __init__(self, rows: Sequence[Described], names: Sequence[str]) -> None:
+        from sklearn.ensemble import HistGradientBoostingClassifier
+
+        self.names = names
+        ran = np.array([row.ran for _, row in rows])
+        self.always: bool | None = bool(ran[0]) if ran.min() == ran.max() else None
+        if self.always is None:
+            self.trees = HistGradientBoostingClassifier(random_state=0)
+            self.trees.fit(matrix([found for found, _ in rows], names), ran)
+
+    def predict(self, found: Sequence[Features]) -> npt.NDArray[np.bool_]:
+        if self.always is not None:
+            return np.full(len(found), self.always)
+        runs: npt.NDArray[np.bool_] = self.trees.predict(matrix(found, self.names))
+        return runs
 
 
-def _along(line: Vector, inputs: Matrix) -> Vector:
-    """The line's values; added up in one order, so that a row's does not depend on the others, as BLAS' would."""
-    values: Vector = np.full(len(inputs), line[-1])
-    for coefficient, column in zip(line[:-1], inputs.T, strict=True):
-        values += coefficient * column
-    return values
+def _names(rows: Sequence[Described]) -> list[str]:
+    return sorted({name for found, _ in rows for name in found})
 
 
 def _without_augmentations(static: StaticConfig) -> tuple[StaticConfig, float]:
