@@ -179,13 +179,13 @@ def killed(launch, pid, title, count, recovered):
     return time.monotonic() - start
 
 
-SYNC = ["run.mode=sync", "meta_optimizer.meta_batch=2", "run.meta_steps=40", "storage.every=10", "run.name=same"]
+SYNC = ["run.mode=sync", "meta_optimizer.meta_batch=2", "run.meta_steps=60", "storage.every=10", "run.name=same"]
 
 
 def theta(root):
     store = CheckpointStore(f"{root}/runs", "same")
     checkpoint = store.latest()
-    assert checkpoint.version == 40
+    assert checkpoint.version == 60
     return lopt.decode(store.read(checkpoint, "theta"))[1]
 
 
@@ -209,7 +209,7 @@ def test_synchronous_runs_give_the_same_bits_repeated_with_a_killed_worker_and_r
                 os.kill(launch.find("ray::Worker")[0], signal.SIGKILL)
             assert launch.wait() == (-signal.SIGKILL if name == "resumed" else 0), launch.text
         if name == "resumed":
-            assert 20 <= CheckpointStore(f"{directory}/runs", "same").latest().version < 40
+            assert 20 <= CheckpointStore(f"{directory}/runs", "same").latest().version < 60
             with launched(directory, "same", *overrides) as launch:
                 assert launch.wait() == 0, launch.text
         thetas[name] = theta(directory)
