@@ -186,7 +186,8 @@ class Run:
             self._ended.append((name, End.RAISED, _cause(error)))
         finally:
             # the worker has nothing more to say; without this its process would live as long as the handle
-            ray.kill(self._workers.pop(name, actor))
+            if ray.is_initialized():  # not when Ray was shut down over a worker that was slow to leave
+                ray.kill(self._workers.pop(name, actor))
 
     def _drain_worker(self, member: Member) -> None:
         task = asyncio.create_task(self._patiently("learner", lambda: self.learner.drain.remote(member.name)))
