@@ -17,7 +17,7 @@ check: .venv/ready
 
 setup: .venv/ready
 
-.venv/ready: pyproject.toml constraints.txt setup.py $(wildcard lopt/kernels/*.cpp lopt/kernels/*.h)
+.venv/ready: pyproject.toml constraints.txt setup.py $(wildcard lopt/kernels/*.cpp lopt/kernels/*.h worker/fused/*.cpp worker/fused/*.h)
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 13), f"Python 3.11 or 3.12 is needed, found {sys.version.split()[0]}: make PYTHON=/path/to/python3.11"'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'

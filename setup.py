@@ -7,18 +7,25 @@ from glob import glob
 
 from setuptools import Extension, setup
 
-SOURCES = ("rules.cpp", "rules_portable.cpp", "rules_avx2.cpp", "rules_avx512.cpp")
+BUILDS = ("", "_portable", "_avx2", "_avx512")
+
+
+def kernels(module: str, folder: str, name: str) -> Extension:
+    """The library ``module`` of ``folder``: an entry point, and one build per instruction set."""
+    return Extension(
+        module,
+        sources=[f"{folder}/{name}{build}.cpp" for build in BUILDS],
+        depends=[*glob("lopt/kernels/*.h"), *glob("worker/fused/*.h")],
+        extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno", "-pthread"],
+        extra_link_args=["-pthread"],
+        language="c++",
+        optional=True,
+    )
+
 
 setup(
     ext_modules=[
-        Extension(
-            "lopt.kernels._rules",
-            sources=[f"lopt/kernels/{name}" for name in SOURCES],
-            depends=glob("lopt/kernels/*.h"),
-            extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno", "-pthread"],
-            extra_link_args=["-pthread"],
-            language="c++",
-            optional=True,
-        )
+        kernels("lopt.kernels._rules", "lopt/kernels", "rules"),
+        kernels("worker.fused._window", "worker/fused", "window"),
     ]
 )

@@ -20,11 +20,14 @@ from typing import Any
 CLIENT_OPTIONS = ("endpoint_url", "region", "anon")
 MISSING = ("error", "skip")
 RANGES = ("paper", "code")
-ESTIMATORS = ("pes", "full_es")
-OBJECTIVES = ("mean", "final")
+ESTIMATORS = ("pes", "nres", "gpes", "truncated_es", "full_es", "backprop", "truncated_backprop")
+WHOLE_TRAININGS = ("full_es", "backprop")
+OBJECTIVES = ("mean", "final", "min")
+SPLITS = ("train", "outer_valid")
 META_OPTIMIZERS = ("adam", "adamw")
 NORMALIZATIONS = ("unit", "none")
 MODES = ("async", "sync")
+PATHS = ("auto", "fused", "generic", "reference")
 
 
 class ConfigError(ValueError):
@@ -293,6 +296,13 @@ class HorizonPoint:
 class EstimatorConfig:
     """How a meta-gradient is estimated: antithetic pairs per task family, perturbation size, window and horizons.
 
+    ``name``: ``pes``, ``nres``, ``gpes`` (new noise every ``noise_period`` inner steps), ``truncated_es`` and
+    ``truncated_backprop`` give an estimate per ``window``; ``full_es`` and ``backprop`` one per whole training, whose
+    ``objective`` is the mean or the least of its losses, or the loss of the final parameters. ``split``: the data that
+    meta-losses are measured on; ``outer_valid`` means at the end of each window or training.
+    ``sigmas`` maps glob patterns of theta's entries to perturbation sizes other than ``sigma``. Loss differences of a
+    pair are bounded by ``clip_loss_diff``, or replaced by their sign times ``sign_delta_loss``.
+
     Horizons are log-uniform on [horizon_low, horizon_high] (constant where these are equal). A ``horizon_schedule``
     replaces the two: linear between its points, constant before the first and after the last (VeLO D.3).
     """
@@ -305,18 +315,55 @@ class EstimatorConfig:
     horizon_high: int = 2000
     horizon_schedule: list[HorizonPoint] = field(default_factory=list)
     objective: str = "mean"
+    split: str = "train"
+    noise_period: int | None = None
+    sigmas: dict[str, float] = field(default_factory=dict)
+    clip_loss_diff: float | None = None
+    sign_delta_loss: float | None = None
 
     def __post_init__(self) -> None:
         one_of("name", self.name, ESTIMATORS)
         one_of("objective", self.objective, OBJECTIVES)
+        one_of("split", self.split, SPLITS)
         at_least("num_tasks", self.num_tasks, 1)
         positive("sigma", self.sigma)
         at_least("window", self.window, 1)
         at_least("horizon_low", self.horizon_low, 1)
         at_least("horizon_high", self.horizon_high, self.horizon_low)
         _ascending("horizon_schedule", [point.version for point in self.horizon_schedule])
-        if self.name == "pes" and self.objective != "mean":
-            raise ConfigError("objective", self.objective, "mean, because PES sums the losses of all windows")
+        self._check_objective()
+        self._check_perturbations()
+
+    def _check_objective(self) -> None:
+        """What is measured must exist: a window sees neither a training's end nor its least loss."""
+        whole = self.name in WHOLE_TRAININGS
+        if self.objective != "mean" and not whole:
+            raise ConfigError("objective", self.objective, f"mean, because {self.name} sums the losses of all windows")
+        if self.split != "train" and self.objective != "final" and whole:
+            expected = f"train, because {self.name} measures the losses on the way (objective: final has it)"
+            raise ConfigError("split", self.split, expected)
+        if self.split != "train" and self.name == "truncated_backprop":
+            raise ConfigError("split", self.split, "train, because truncated_backprop uses the losses on the way")
+
+    def _check_perturbations(self) -> None:
+        if self.name == "gpes" and (self.noise_period is None or self.noise_period % self.window):
+            expected = f"a multiple of window = {self.window}, because noise changes between windows"
+            raise ConfigError("noise_period", self.noise_period, expected)
+        if self.noise_period is not None:
+            at_least("noise_period", self.noise_period, 1)
+            if self.name != "gpes":
+                raise ConfigError("noise_period", self.noise_period, f"null: only gpes has one, not {self.name}")
+        for pattern, sigma in self.sigmas.items():
+            positive(f"sigmas.{pattern}", sigma)
+        for name in ("clip_loss_diff", "sign_delta_loss"):
+            if getattr(self, name) is not None:
+                positive(name, getattr(self, name))
+        if self.clip_loss_diff is not None and self.sign_delta_loss is not None:
+            raise ConfigError("clip_loss_diff", self.clip_loss_diff, "null: sign_delta_loss bounds differences already")
+        if "backprop" in self.name:
+            for name, unset in (("sigmas", {}), ("clip_loss_diff", None), ("sign_delta_loss", None)):
+                if getattr(self, name) != unset:
+                    raise ConfigError(name, getattr(self, name), f"{unset}: {self.name} perturbs nothing")
 
 
 @dataclass(frozen=True)
@@ -355,6 +402,21 @@ class MetaOptimizerConfig:
                 positive(name, getattr(self, name))
         at_least("meta_batch", self.meta_batch, 1)
         at_least("max_staleness", self.max_staleness, 0)
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """How a worker computes. ``path``: ``auto`` is the fastest that serves the task and the rule (``worker.paths``).
+
+    ``turns``: how many tasks of its rotation a worker visits at one theta before it submits their meta-gradients.
+    """
+
+    path: str = "auto"
+    turns: int = 1
+
+    def __post_init__(self) -> None:
+        one_of("path", self.path, PATHS)
+        at_least("turns", self.turns, 1)
 
 
 @dataclass(frozen=True)
@@ -455,17 +517,20 @@ class Config:
     lopt: LoptConfig
     run: RunConfig = field(default_factory=RunConfig)
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    worker: WorkerConfig = field(default_factory=WorkerConfig)
     meta_optimizer: MetaOptimizerConfig = field(default_factory=MetaOptimizerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        if self.run.mode == "sync" and self.meta_optimizer.meta_batch != self.cluster.num_workers:
+        submitted = self.cluster.num_workers * self.worker.turns
+        if self.run.mode == "sync" and self.meta_optimizer.meta_batch != submitted:
             raise ConfigError(
                 "meta_optimizer.meta_batch",
                 self.meta_optimizer.meta_batch,
-                f"cluster.num_workers = {self.cluster.num_workers} in synchronous mode (one meta-gradient each)",
+                f"{submitted} in synchronous mode: cluster.num_workers = {self.cluster.num_workers} times "
+                f"worker.turns = {self.worker.turns}",
             )
         if self.evaluation.tasks and self.evaluation.every % self.storage.every:
             raise ConfigError(

@@ -45,7 +45,8 @@ def _mix(x: Tensor) -> Tensor:
 
 
 @cache
-def _tag(tag: int | str) -> int:
+def tag_bits(tag: int | str) -> int:
+    """What ``fold`` mixes into a key for ``tag``, as a signed 64-bit number."""
     return _signed(int.from_bytes(hashlib.blake2b(encode((tag,)), digest_size=8).digest(), "little"))
 
 
@@ -57,7 +58,7 @@ def keys(n: int, *key: int | str, device: torch.device | str = "cpu") -> Tensor:
 
 def fold(key: Tensor, tag: int | str) -> Tensor:
     """Keys of the shape of ``key`` for the purpose ``tag``, independent of those for any other purpose."""
-    return _mix(_mix(key + _GAMMA) ^ _tag(tag))
+    return _mix(_mix(key + _GAMMA) ^ tag_bits(tag))
 
 
 def bits(key: Tensor, count: int) -> Tensor:

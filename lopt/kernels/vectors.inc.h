@@ -4,7 +4,7 @@ static inline float rsqrt1(float x) { return 1.0f / std::sqrt(x); }
 static inline float safe_rsqrt1(float x) { return rsqrt1(x < 1e-9f ? 1e-9f : x); }
 static inline float lerp1(float old, float now, float w) { return old + w * (now - old); }
 
-static inline Vec splat(float x) { return Vec{} + x; }
+static inline Vec splat(float x) { return x - Vec{}; }  // x - 0 is x, which the compiler knows; x + 0 is not for -0
 static inline Vec load(const float* x) { Vec r; std::memcpy(&r, x, sizeof r); return r; }
 static inline void store(float* x, Vec v) { std::memcpy(x, &v, sizeof v); }
 static inline Vec vmax(Vec a, Vec b) { return a < b ? b : a; }   // keeps a NaN in a
@@ -19,11 +19,22 @@ static inline float total(Vec v) {
   return s;
 }
 
+// y times two to the k-th, a whole number; infinite and zero where it over- and underflows.
+static inline Vec scaled(Vec y, Vec k) {
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16) return _mm512_scalef_ps(y, k);
+#endif
+  const Int n = __builtin_convertvector(k, Int), half = n >> 1;
+  const Int bits[2] = {(half + 127) << 23, (n - half + 127) << 23};
+  Vec powers[2];
+  std::memcpy(powers, bits, sizeof powers);
+  return y * powers[0] * powers[1];
+}
+
 // e^x to about one unit in the last place; infinite and zero where it over- and underflows.
 static inline Vec vexp(Vec x) {
-  const Vec clamped = vmin(vmax(x, splat(-87.0f)), splat(88.5f));
-  const Int n = __builtin_convertvector(clamped * 1.44269504f + (clamped < 0.0f ? splat(-0.5f) : splat(0.5f)), Int);
-  const Vec k = __builtin_convertvector(n, Vec);
+  const Vec clamped = vmin(vmax(x, splat(-110.0f)), splat(110.0f));
+  const Vec k = (clamped * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest whole number
   const Vec r = (clamped - k * 0.693359375f) + k * 2.12194440e-4f;
   Vec y = splat(1.9875691500e-4f);
   y = y * r + 1.3981999507e-3f;
@@ -32,11 +43,5 @@ static inline Vec vexp(Vec x) {
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * r * r + r + 1.0f;
-  const Int bits = (n + 127) << 23;
-  Vec scale;
-  std::memcpy(&scale, &bits, sizeof scale);
-  y = y * scale;
-  y = x > 88.5f ? splat(INFINITY) : y;
-  y = x < -87.0f ? Vec{} : y;
-  return x != x ? x : y;
+  return scaled(y, k);
 }
