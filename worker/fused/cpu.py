@@ -19,7 +19,8 @@ from torch import Tensor
 from lopt.accumulators import fixed_decays, learned_decays
 from lopt.base import LearnedOptimizer, Theta
 from lopt.celo import Celo
-from lopt.features import STEP_MULT
+from lopt.celo2 import EPS, MAX_GRADIENT, RMS_DECAYS, RSQRT_EPS, Celo2
+from lopt.features import NORMALIZER_EPS, STEP_MULT
 from lopt.kernels.columns import VELO_COLUMNS
 from lopt.per_parameter import PerParameterRule
 from lopt.small_fc import SmallFcLopt
@@ -29,7 +30,7 @@ from tasks.random import tag_bits
 from worker.fused.problem import SWITCHES, Problem
 from worker.particles import Fresh, Leaves, Particles, Start
 
-SMALL_FC, CELO, CELO_SCHEDULE, VELO = range(4)
+SMALL_FC, CELO, CELO_SCHEDULE, VELO, CELO2 = range(5)
 _NETWORK = ("mlp.w0", "mlp.b0", "mlp.w1", "mlp.b1", "mlp.w2", "mlp.b2")
 _RECURRENT = ("mix.w", "mix.b", "input.w", "input.b", "lstm.w", "lstm.b", "step_size.w", "step_size.b")
 _CONTROLS = ("controls.w", "controls.b")
@@ -52,8 +53,8 @@ class _Problem(ctypes.Structure):
 class _Rule(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("kind", "hidden", "outputs", "clipped_columns", "parameter_scaled")),
-        *((name, c_int64) for name in ("lstm_size", "bank_size", "compat")),
-        *((name, c_double) for name in ("max_gradient", "diag_eps", "step_mult")),
+        *((name, c_int64) for name in ("lstm_size", "bank_size", "compat", "orthogonalize")),
+        *((name, c_double) for name in ("max_gradient", "diag_eps", "rsqrt_eps", "normalizer_eps", "step_mult")),
         ("theta", c_void_p * _ENTRIES),
         ("strides", c_int64 * _ENTRIES),
     )
@@ -127,8 +128,6 @@ def run(
     found = library()
     if found is None:
         raise RuntimeError("the kernels are not built: ask worker.fused.refusal first")
-    if not isinstance(lopt, PerParameterRule):
-        raise TypeError(f"the rule is {lopt.name}: ask worker.fused.refusal first")
     memory = _Memory()
     losses = torch.empty(steps, particles.count)
     tags = np.array([tag_bits(step) for step in range(steps)], dtype=np.int64)
@@ -205,7 +204,7 @@ class _Memory:
 def _axes(name: str, p: Tensor, state: Mapping[str, Tensor]) -> tuple[int, int]:
     """Where the accumulators with one number per row and per column lie; of a vector the full second moment."""
     if p.ndim == 2:
-        return 0, state[f"diag/{name}"].data_ptr()
+        return 0, state[f"diag/{name}"].data_ptr() if f"diag/{name}" in state else 0
     _, rows, cols = p.shape
     kinds = ("row", "col") if cols >= rows else ("col", "row")  # the row lacks the larger axis
     outer, inner = (state[f"{kind}/{name}"].data_ptr() for kind in kinds)
@@ -239,31 +238,53 @@ def _problem(problem: Problem, memory: _Memory) -> _Problem:
     )
 
 
-def _rule(lopt: PerParameterRule, theta: Theta, memory: _Memory) -> _Rule:
-    kind = SMALL_FC if isinstance(lopt, SmallFcLopt) else VELO if isinstance(lopt, Velo) else CELO
-    if isinstance(lopt, Celo) and lopt.phase == 2:
-        kind = CELO_SCHEDULE
+def _rule(lopt: LearnedOptimizer, theta: Theta, memory: _Memory) -> _Rule:
+    kind, numbers = _kind(lopt)
+    decays = fixed_decays(CPU)
+    if kind == SMALL_FC:
+        decays = learned_decays(theta)
+    elif kind == CELO2:
+        decays = (decays[0], torch.tensor([RMS_DECAYS]), decays[2])
+    recurrent = kind in (CELO_SCHEDULE, VELO)
     leaves: list[Tensor | None] = [theta[name] for name in _NETWORK]
-    leaves += learned_decays(theta) if kind == SMALL_FC else fixed_decays(CPU)
-    leaves += [theta[name] if kind in (CELO_SCHEDULE, VELO) else None for name in _RECURRENT]
+    leaves += decays
+    leaves += [theta[name] if recurrent else None for name in _RECURRENT]
     leaves += [theta[name] if kind == VELO else None for name in _CONTROLS]
     rule = _Rule(
         kind=kind,
         hidden=theta["mlp.w1"].shape[-1],
         outputs=theta["mlp.w2"].shape[-1],
-        clipped_columns=lopt.columns == VELO_COLUMNS,
-        parameter_scaled=lopt.parameter_scaled,
-        lstm_size=theta["lstm.hidden"].shape[-1] if kind in (CELO_SCHEDULE, VELO) else 0,
+        lstm_size=theta["lstm.hidden"].shape[-1] if recurrent else 0,
         bank_size=theta["mlp.w0"].shape[1] if kind == VELO else 0,
-        compat=isinstance(lopt, Velo) and lopt.compat,
-        max_gradient=lopt.max_gradient or 0.0,
-        diag_eps=lopt.diag_eps,
-        step_mult=lopt.step_mult if isinstance(lopt, SmallFcLopt) else STEP_MULT,
+        **numbers,
     )
     for k, leaf in enumerate(leaves):
         if leaf is not None:
-            # a leaf of one particle after the other: theta's rows, or one row that serves all
+            # one particle's leaf after the other's, with a stride: theta's rows, or one row that serves all
             leaf = leaf if leaf[0].is_contiguous() else leaf.contiguous()
             rule.theta[k] = memory.keep(leaf)
             rule.strides[k] = 0 if leaf.shape[0] == 1 else leaf.stride(0)
     return rule
+
+
+def _kind(lopt: LearnedOptimizer) -> tuple[int, dict[str, float]]:
+    """What the kernels call the rule, and the numbers that it computes with."""
+    if isinstance(lopt, Celo2):
+        numbers = {"clipped_columns": True, "orthogonalize": lopt.orthogonalize, "max_gradient": MAX_GRADIENT}
+        return CELO2, numbers | {"rsqrt_eps": RSQRT_EPS, "normalizer_eps": EPS, "step_mult": STEP_MULT}
+    if not isinstance(lopt, PerParameterRule):
+        raise TypeError(f"the rule is {lopt.name}: ask worker.fused.refusal first")
+    numbers = {
+        "clipped_columns": lopt.columns == VELO_COLUMNS,
+        "parameter_scaled": lopt.parameter_scaled,
+        "max_gradient": lopt.max_gradient or 0.0,
+        "diag_eps": lopt.diag_eps,
+        "rsqrt_eps": 1e-6,
+        "normalizer_eps": NORMALIZER_EPS,
+        "step_mult": STEP_MULT,
+    }
+    if isinstance(lopt, SmallFcLopt):
+        return SMALL_FC, numbers | {"step_mult": lopt.step_mult}
+    if isinstance(lopt, Velo):
+        return VELO, numbers | {"compat": lopt.compat}
+    return CELO_SCHEDULE if isinstance(lopt, Celo) and lopt.phase == 2 else CELO, numbers

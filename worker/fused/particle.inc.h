@@ -5,7 +5,8 @@
 // layer's outputs.
 struct Tensor {
   int64_t rows, cols, ld;
-  bool factored, transposed, row_is_outer;  // whether Adafactor's "row", which lacks the larger axis, is `outer`
+  bool factored, by_adam;  // by_adam: one of Celo2's vectors, which has one momentum and no full second moment
+  bool transposed, row_is_outer;  // whether Adafactor's "row", which lacks the larger axis, is `outer`
   float *p, *g, *m[kDecays], *v;
   float *outer[kDecays], *inner[kDecays];  // rows each, cols each; of a vector: inner is its full second moment
   float *scaled, *straight;  // what the loss sees: p times tau, and that as the layer has it (inputs, padded outputs)
@@ -42,6 +43,7 @@ static Particle new_particle(const Problem& problem, const Rule& rule, Arena& ar
       Tensor t{};
       const int64_t in = matrix ? problem.widths[l] : 1, out = problem.widths[l + 1];
       t.factored = matrix;
+      t.by_adam = !matrix && rule.kind == kCelo2 && rule.orthogonalize;
       t.transposed = matrix && in * padded(out) > out * padded(in);
       t.row_is_outer = (out >= in) != t.transposed;  // of equal axes the second counts as the larger
       t.rows = t.transposed ? out : in, t.cols = t.transposed ? in : out, t.ld = padded(t.cols);
@@ -66,15 +68,16 @@ static void for_each_run(Particle& particle, const Rule& rule, const Rows& rows,
     Tensor& t = particle.tensors[k];
     const int64_t n = t.rows * t.cols, lines = t.transposed ? t.cols : t.rows, length = n / lines;
     const int64_t step = t.transposed ? t.ld : 1, line = t.transposed ? 1 : t.ld;
+    const int momenta = t.by_adam ? 1 : kDecays;
     for (int64_t i = 0; i < lines; ++i) {
       move(t.p + i * line, step, rows.p[k] + r * n + i * length, length);
       move(t.v + i * line, step, rows.v[k] + r * n + i * length, length);
-      for (int d = 0; d < kDecays; ++d)
-        move(t.m[d] + i * line, step, rows.m[k] + (r * kDecays + d) * n + i * length, length);
+      for (int d = 0; d < momenta; ++d)
+        move(t.m[d] + i * line, step, rows.m[k] + (r * momenta + d) * n + i * length, length);
     }
     float* const* outer = t.transposed ? rows.inner : rows.outer;
     float* const* inner = t.transposed ? rows.outer : rows.inner;
-    for (int d = 0; d < kDecays; ++d) {
+    for (int d = 0; d < kDecays && !t.by_adam; ++d) {
       if (t.factored) move(t.outer[d], 1, outer[k] + (r * kDecays + d) * t.rows, t.rows);
       move(t.inner[d], 1, inner[k] + (r * kDecays + d) * t.cols, t.cols);
     }

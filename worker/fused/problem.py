@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from fnmatch import fnmatchcase
 
 from lopt.base import LearnedOptimizer
 from lopt.celo import Celo
+from lopt.celo2 import Celo2
 from lopt.mulo import MuLO
 from lopt.small_fc import SmallFcLopt
 from lopt.velo import Velo
@@ -50,9 +52,11 @@ SWITCHES = ("center_data", "constrain_output", "log_loss")
 
 def refusal_of_rule(lopt: LearnedOptimizer) -> str | None:
     """Why the kernels do not serve this rule; None where they do."""
-    if type(lopt) in (SmallFcLopt, MuLO, Celo, Velo):
+    if isinstance(lopt, Celo2) and (lopt.compat or any(fnmatchcase("w0", name) for name in lopt.adam_names.split())):
+        return "the rule is celo2 with a routing of its own"
+    if type(lopt) in (SmallFcLopt, MuLO, Celo, Velo, Celo2):
         return None
-    return f"the rule is {lopt.name}: expected small_fc_lopt, celo or velo"
+    return f"the rule is {lopt.name}: expected small_fc_lopt, mulo, celo, velo or celo2"
 
 
 def refusal_of_task(task: Task) -> str | None:

@@ -8,7 +8,6 @@ struct Network {  // one tensor's MLP, as the reference has it
   float step;  // factor of direction exp(0.001 magnitude)
 };
 
-constexpr float kNormalizerEps = 1e-5f;
 constexpr int kSmall = 8;  // up to this many hidden units all are in registers at once
 constexpr int kUnits = 8;  // of more, this many
 
@@ -31,13 +30,13 @@ struct Folded {
   float *outer_part, *inner_part;  // (units, rows), (units, ld): the first layer's part of what is constant along rows
 };
 
-static inline float scale_of(float sum, float count) { return rsqrt1(sum / count + kNormalizerEps); }
-
 template <bool kClip, bool kFactored>
 static void fold(const Rule& rule, const Network& net, const Tensor& t, const Sums& s, Folded& out) {
   const int64_t H = rule.hidden, U = out.units;
   const float n = static_cast<float>(t.rows * t.cols);
   const Layout& layout = kClip ? kLayout30 : kLayout28;
+  const float eps = static_cast<float>(rule.normalizer_eps);
+  const auto scale_of = [&](float sum, float count) { return rsqrt1(sum / count + eps); };
   const float scales[18] = {
       scale_of(s.g, n), scale_of(s.p, n), scale_of(s.m[0], n), scale_of(s.m[1], n), scale_of(s.m[2], n),
       scale_of(s.v, n), scale_of(s.m_rsqrt[0], n), scale_of(s.m_rsqrt[1], n), scale_of(s.m_rsqrt[2], n),
@@ -45,8 +44,11 @@ static void fold(const Rule& rule, const Network& net, const Tensor& t, const Su
       scale_of(s.factored_m[0], n), scale_of(s.factored_m[1], n), scale_of(s.factored_m[2], n),
       scale_of(s.clipped, n), scale_of(s.g_rsqrt, n)};
   constexpr int kOwn = kClip ? 18 : 16;
+  // Celo2's network has no rows for what stands behind the 15th column of a vector
+  const int rows_of_w0 = !kFactored && rule.kind == kCelo2 ? 15 : 30;
   for (int c = 0; c < kOwn; ++c)
-    for (int64_t h = 0; h < H; ++h) out.first[c * U + h] = net.w0[layout.columns[c] * H + h] * scales[c];
+    for (int64_t h = 0; h < H; ++h)
+      out.first[c * U + h] = layout.columns[c] < rows_of_w0 ? net.w0[layout.columns[c] * H + h] * scales[c] : 0.0f;
   for (int k = 0; k < 6; ++k) {  // w0 has rows row (3), col (3), row_rsqrt (3), col_rsqrt (3)
     const float* row = net.w0 + (layout.row + k % 3 + k / 3 * 6) * H;
     const float* col = row + 3 * H;
@@ -57,7 +59,7 @@ static void fold(const Rule& rule, const Network& net, const Tensor& t, const Su
         out.outer[k * U + h] = (t.row_is_outer ? row : col)[h] * outer;
         out.inner[k * U + h] = (t.row_is_outer ? col : row)[h] * inner;
       } else {
-        out.first[(kOwn + k) * U + h] = (row[h] + col[h]) * inner;
+        out.first[(kOwn + k) * U + h] = rows_of_w0 < 30 ? 0.0f : (row[h] + col[h]) * inner;
       }
     }
   }
@@ -92,6 +94,7 @@ template <int kWidth, bool kClip, bool kFactored, class Take>
 PACELINE_INLINE static inline void columns(const Rule& rule, const Tensor& t, const Factors& f, int64_t i, int64_t j,
                                            Take take) {
   const int64_t at = i * t.ld + j;
+  const float rsqrt_eps = static_cast<float>(rule.rsqrt_eps);
   Vec g[kWidth], r[kWidth], x[kWidth];
   const auto give = [&](int c, auto value) PACELINE_INLINE {
 #pragma GCC unroll 2
@@ -101,7 +104,7 @@ PACELINE_INLINE static inline void columns(const Rule& rule, const Tensor& t, co
 #pragma GCC unroll 2
   for (int q = 0; q < kWidth; ++q) {
     g[q] = load(t.g + at + q * kLanes);
-    r[q] = rsqrt(load(t.v + at + q * kLanes) + 1e-6f);
+    r[q] = rsqrt(load(t.v + at + q * kLanes) + rsqrt_eps);
   }
   take(0, g);
   give(1, [&](int q) PACELINE_INLINE { return load(t.p + at + q * kLanes); });
@@ -134,9 +137,11 @@ PACELINE_INLINE static inline void columns(const Rule& rule, const Tensor& t, co
   if (kClip) give(17, [&](int q) PACELINE_INLINE { return g[q] * r[q]; });
 }
 
-PACELINE_INLINE static inline void move(const Tensor& t, const Factors& f, int64_t i, int64_t j, Vec direction,
-                                        Vec magnitude, float step) {
+// What the network's outputs do: move the parameters, or, of Celo2, stay in the place of the gradient.
+PACELINE_INLINE static inline void move(const Rule& rule, const Tensor& t, const Factors& f, int64_t i, int64_t j,
+                                        Vec direction, Vec magnitude, float step) {
   const int64_t at = i * t.ld + j;
+  if (rule.kind == kCelo2) return store(t.g + at, direction);
   const Vec moved = load(t.p + at) - direction * vexp(magnitude * 0.001f) * step;
   store(t.p + at, masked(moved, f.mask + j));
 }
@@ -177,7 +182,7 @@ PACELINE_INLINE static inline void apply_block(const Rule& rule, Tensor& t, cons
       const Vec hidden = relu(y[h][q]);
       for (int o = 0; o < 2; ++o) out[o][q] += hidden * net.w2[o * kHidden + h];
     }
-  for (int q = 0; q < kWidth; ++q) move(t, f, i, j + q * kLanes, out[0][q], out[1][q], step);
+  for (int q = 0; q < kWidth; ++q) move(rule, t, f, i, j + q * kLanes, out[0][q], out[1][q], step);
 }
 
 // More units: the columns of two vectors are kept, and kUnits units computed from all of them at a time.
@@ -220,7 +225,7 @@ static void apply_wide_block(const Rule& rule, Tensor& t, const Factors& f, cons
         for (int o = 0; o < 2; ++o) out[o][q] += y * net.w2[o * U + u + h];
       }
   }
-  for (int q = 0; q < kWidth; ++q) move(t, f, i, j + q * kLanes, out[0][q], out[1][q], step);
+  for (int q = 0; q < kWidth; ++q) move(rule, t, f, i, j + q * kLanes, out[0][q], out[1][q], step);
 }
 
 // All elements of a tensor, kWide vectors at a time where a row has them; kHidden is 0 for more units than kSmall.

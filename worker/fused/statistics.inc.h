@@ -83,7 +83,7 @@ static void accumulate(const Rule& rule, const Decay& d, Tensor& t, Factors& f, 
     }
   Vec sg{}, sclip{}, sp{}, sm[kDecays]{}, sv{}, smr[kDecays]{}, sr{}, sfg[kDecays]{}, sgr{}, sfm[kDecays]{};
   Vec si[kDecays]{}, sir[kDecays]{};
-  const float diag_eps = static_cast<float>(rule.diag_eps);
+  const float diag_eps = static_cast<float>(rule.diag_eps), rsqrt_eps = static_cast<float>(rule.rsqrt_eps);
   for (int64_t i = 0; i < t.rows; ++i) {
     Vec row_g[kDecays]{}, row_m[kDecays]{};
     const int64_t row = i * t.ld;
@@ -92,7 +92,7 @@ static void accumulate(const Rule& rule, const Decay& d, Tensor& t, Factors& f, 
       const Vec g = load(t.g + at), p = load(t.p + at), square = g * g;
       const Vec v = lerp(load(t.v + at), square, d.v);
       store(t.v + at, v);
-      const Vec inverse = 1.0f / (v + 1e-6f);
+      const Vec inverse = 1.0f / (v + rsqrt_eps);
       sg += square, sp += p * p, sv += v * v, sr += masked(inverse, f.mask + j);
       if (kClip) {
         const Vec c = vmin(vmax(g, splat(-0.1f)), splat(0.1f));

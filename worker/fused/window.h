@@ -35,14 +35,14 @@ struct Rule {
   int64_t kind, hidden, outputs;
   int64_t clipped_columns;  // 1: the 30 columns of VeLO and Celo; 0: the 28 of small_fc_lopt
   int64_t parameter_scaled;  // 1: the step is multiplied by rms(p)
-  int64_t lstm_size, bank_size, compat;
-  double max_gradient, diag_eps, step_mult;
+  int64_t lstm_size, bank_size, compat, orthogonalize;
+  double max_gradient, diag_eps, rsqrt_eps, normalizer_eps, step_mult;
   const float* theta[kEntries];
   int64_t strides[kEntries];
 };
 
 // State of particles. Tensors are w0, b0, w1, b1, ...; matrices have outer (3, rows) and inner (3, cols) accumulators,
-// vectors the full second moment (3, n) in `inner`. What a rule does not have is null, as are the dynamic fields.
+// vectors the full second moment (3, n) in `inner`; those that Celo2 leaves to Adam have one m and no more. What a rule does not have is null, as are the dynamic fields.
 struct Rows {
   float *const *p, *const *m, *const *v, *const *outer, *const *inner;
   float *const *lstm_hidden, *const *lstm_cell;  // one each, or one per tensor

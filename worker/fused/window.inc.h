@@ -14,6 +14,7 @@
 #include "statistics.inc.h"
 #include "rule.inc.h"
 #include "schedule.inc.h"
+#include "celo2.inc.h"
 
 // All that one thread needs: two particles, their batch, and what their steps are computed in.
 class Bench {
@@ -47,6 +48,9 @@ class Bench {
     memory_ = {arena_.floats(T * kInputs), arena_.floats(T * 2 * H), arena_.floats(T * 4 * H + H + kLanes),
                arena_.floats(T), arena_.floats(T * rule.bank_size), arena_.floats(rule.hidden),
                arena_.floats(rule.kind == kVelo ? T * inner : 0), arena_.floats(30 * rule.hidden)};
+    if (rule.kind == kCelo2)
+      for (float** buffer : {&square_.x, &square_.across, &square_.gram, &square_.polynomial})
+        *buffer = arena_.floats(widest * widest);
     networks_.resize(T);
     net_.resize(problem.layers);
   }
@@ -115,6 +119,7 @@ class Bench {
 
   void update(const Decay& d, const Network& net, Tensor& t, float tau) {
     const Rule& rule = window_.rule;
+    if (t.by_adam) return apply_adam(rule, t, tau);
     const auto with = [&](auto clip, auto factored) {
       update_tensor<clip.value, factored.value>(rule, d, net, t, tau, factors_, folded_, hidden_);
     };
@@ -122,6 +127,7 @@ class Bench {
     const std::false_type no;
     if (rule.clipped_columns) t.factored ? with(yes, yes) : with(yes, no);
     else t.factored ? with(no, yes) : with(no, no);
+    if (rule.kind == kCelo2) apply_directions(rule, t, square_);
   }
 
   const Window& window_;
@@ -132,6 +138,7 @@ class Bench {
   Factors factors_;
   Folded folded_;
   Memory memory_;
+  Square square_;
   float* hidden_;
   std::vector<int32_t> mask_;
   std::vector<Network> networks_;
