@@ -293,6 +293,17 @@ class HorizonPoint:
 
 
 @dataclass(frozen=True)
+class SigmaConfig:
+    """The perturbation size of the parts of theta whose names match a glob pattern."""
+
+    match: str = "*"
+    sigma: float = 0.01
+
+    def __post_init__(self) -> None:
+        positive("sigma", self.sigma)
+
+
+@dataclass(frozen=True)
 class EstimatorConfig:
     """How a meta-gradient is estimated: antithetic pairs per task family, perturbation size, window and horizons.
 
@@ -300,8 +311,8 @@ class EstimatorConfig:
     ``truncated_backprop`` give an estimate per ``window``; ``full_es`` and ``backprop`` one per whole training, whose
     ``objective`` is the mean or the least of its losses, or the loss of the final parameters. ``split``: the data that
     meta-losses are measured on; ``outer_valid`` means at the end of each window or training.
-    ``sigmas`` maps glob patterns of theta's entries to perturbation sizes other than ``sigma``. Loss differences of a
-    pair are bounded by ``clip_loss_diff``, or replaced by their sign times ``sign_delta_loss``.
+    ``sigmas`` are perturbation sizes other than ``sigma`` (the first that matches counts). Loss differences of a pair
+    are bounded by ``clip_loss_diff``, or replaced by their sign times ``sign_delta_loss``.
 
     Horizons are log-uniform on [horizon_low, horizon_high] (constant where these are equal). A ``horizon_schedule``
     replaces the two: linear between its points, constant before the first and after the last (VeLO D.3).
@@ -317,7 +328,7 @@ class EstimatorConfig:
     objective: str = "mean"
     split: str = "train"
     noise_period: int | None = None
-    sigmas: dict[str, float] = field(default_factory=dict)
+    sigmas: list[SigmaConfig] = field(default_factory=list)
     clip_loss_diff: float | None = None
     sign_delta_loss: float | None = None
 
@@ -353,15 +364,13 @@ class EstimatorConfig:
             at_least("noise_period", self.noise_period, 1)
             if self.name != "gpes":
                 raise ConfigError("noise_period", self.noise_period, f"null: only gpes has one, not {self.name}")
-        for pattern, sigma in self.sigmas.items():
-            positive(f"sigmas.{pattern}", sigma)
         for name in ("clip_loss_diff", "sign_delta_loss"):
             if getattr(self, name) is not None:
                 positive(name, getattr(self, name))
         if self.clip_loss_diff is not None and self.sign_delta_loss is not None:
             raise ConfigError("clip_loss_diff", self.clip_loss_diff, "null: sign_delta_loss bounds differences already")
         if "backprop" in self.name:
-            for name, unset in (("sigmas", {}), ("clip_loss_diff", None), ("sign_delta_loss", None)):
+            for name, unset in (("sigmas", []), ("clip_loss_diff", None), ("sign_delta_loss", None)):
                 if getattr(self, name) != unset:
                     raise ConfigError(name, getattr(self, name), f"{unset}: {self.name} perturbs nothing")
 

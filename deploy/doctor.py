@@ -119,17 +119,20 @@ def check_compiler(environment: Mapping[str, str]) -> Check:
 
 
 def check_kernels() -> Check:
-    """The fused kernels that update parameters on CPUs: avx512, avx2 or portable, by what this processor has."""
-    from lopt.kernels import cpu
+    """The fused kernels for CPUs, of updates and of whole windows: avx512, avx2 or portable, by the processor."""
+    from lopt.kernels import cpu as rules
+    from worker.fused import cpu as windows
 
-    name, again = "update kernels", "`make clean setup` (or pip install -e .)"
+    name, again = "fused kernels", "`make clean setup` (or pip install -e .)"
     try:
-        build = cpu.build()
+        builds = {"update": rules.build(), "window": windows.build()}
     except (ImportError, OSError) as error:
         return Check(name, "fail", str(error), f"build them again: {again}")
-    if build is not None:
-        return Check(name, "ok", build)
-    return Check(name, "warn", "built without a C++ compiler: everything works, slower", f"install g++, then {again}")
+    missing = [kind for kind, build in builds.items() if build is None]
+    if not missing:
+        return Check(name, "ok", ", ".join(f"{kind}: {build}" for kind, build in builds.items()))
+    found = f"{' and '.join(missing)} built without a C++ compiler: everything works, slower"
+    return Check(name, "warn", found, f"install g++, then {again}")
 
 
 def check_cpus(cluster: ClusterConfig, usable: float) -> Check:
@@ -228,7 +231,7 @@ def check_data(data: DataConfig) -> Check:
 
     name, advice = "data root", "set task.data.root to the folder that holds one folder for each data set"
     if data.root is None:
-        return Check(name, "ok", "not set: only embedded data sets (digits, pydoc)")
+        return Check(name, "ok", "not set: only embedded data sets (digits, glyphs, pydoc)")
     try:
         options: dict[str, Any] = {name: value for name, value in data.options.items() if name != "region"}
         if data.root.startswith("s3://"):

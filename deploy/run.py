@@ -21,7 +21,8 @@ from deploy.config import to_yaml
 from deploy.control_server import ControlError
 from deploy.status import Books, Drop, Evaluation, RunState, SavedCheckpoint, Scores, StatusSnapshot
 from evaluator.actor import Chief, ChiefStatus
-from learner.actor import Learner, LearnerStatus, PoolCounts
+from learner.actor import Learner
+from learner.messages import LearnerStatus, PoolCounts
 from learner.pool import End, Member, WorkerPool
 from learner.start import build_lopt
 from worker.actor import Worker

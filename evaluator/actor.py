@@ -33,8 +33,8 @@ from evaluator.training import train_one, tune_adam
 from learner.checkpoints import Checkpoint, CheckpointStore, StoreError
 
 POLL_SECONDS = 1.0
-EVALUATION_SECONDS = 1800.0
-"""How long one evaluation may take before its evaluator is replaced."""
+EVALUATION_SECONDS = 6 * 3600.0
+"""How long one evaluation may take before its evaluator is replaced: long, because workers leave it little time."""
 MAX_WAITING = 4
 
 

@@ -16,12 +16,10 @@ import importlib.metadata
 import os
 import socket
 import time
-from dataclasses import dataclass, field
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import safetensors.torch
 import torch
 
@@ -30,66 +28,21 @@ from configs.schema import Config, ConfigError
 from learner.checkpoints import Checkpoint, CheckpointStore, DamagedCheckpointError, FencedError, Owner, StoreError
 from learner.core import OTHER_FAMILY, REASONS, LearnerCore, MetaStepError, Verdict
 from learner.journal import Journal
+from learner.messages import LearnerStatus, PoolCounts, Ticket, Weights
 from learner.metrics import LearnerMetrics, LearnerSnapshot
 from learner.progress import Progress
 from learner.provenance import provenance
+from learner.replay import Replay
 from learner.start import build_lopt, initial_theta
 
 RENEW_SECONDS = 4.0
 POLL_SECONDS = 5.0
-"""How long ``fetch`` waits for news before it says that there are none."""
+"""How long ``exchange`` waits for news before it says that there are none."""
 RETRY_SECONDS = 2.0
 MAX_OUTAGE_SECONDS = 600.0
 """How long the store may refuse every checkpoint before the run ends."""
 OPERATOR_SECONDS = 20.0
 """How long an operator who asks for a checkpoint waits for a store that refuses it."""
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """What a worker that joins gets: theta's frozen parts, where in the run it stands, and (synchronous runs) the
-    state its predecessor of the same name left behind, with the version that state was last used at."""
-
-    incarnation: int
-    theta: dict[str, npt.NDArray[np.float32]]
-    snapshot: bytes | None
-    after: int
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The current theta (flat, fp32 (D,)); without it: ``leave`` says why to stop, otherwise ask again."""
-
-    incarnation: int
-    version: int
-    flat: npt.NDArray[np.float32] | None = None
-    leave: str | None = None
-
-
-@dataclass(frozen=True)
-class PoolCounts:
-    """Workers wanted, alive and replaced so far; the launcher's numbers, exported with the learner's."""
-
-    desired: int = 0
-    alive: int = 0
-    replaced: int = 0
-
-
-@dataclass(frozen=True)
-class LearnerStatus:
-    """What the learner knows about the run at one instant; after a ``failure``, only that."""
-
-    incarnation: int = 0
-    version: int = 0
-    finished: bool = False
-    failure: str | None = None
-    books: dict[str, dict[str, Any]] = field(default_factory=dict)
-    balanced: bool = True
-    meta_loss: float | None = None
-    meta_gradients_per_second: float = 0.0
-    mean_staleness: float = 0.0
-    checkpoint: tuple[str, int] | None = None
-    metrics_port: int = 0
 
 
 class Learner:
@@ -102,11 +55,13 @@ class Learner:
         torch.set_num_threads(1)
         self.config, self.config_yaml = config, config_yaml
         self.failure: str | None = None
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()  # a new one for each piece of news
         self._saving = asyncio.Lock()
         self._background: asyncio.Task[None] | None = None
+        self._saves: set[asyncio.Task[None]] = set()
         self._leaving: dict[str, str] = {}
-        self._snapshots: dict[str, tuple[int, bytes]] = {}
+        self._synchronous = config.run.mode == "sync"
+        self._replay = Replay(config.cluster.num_workers, config.storage.every)
         self._paused = self._finished = False
         self._stop_reason: str | None = None
         self._checkpoint: Checkpoint | None = None
@@ -117,6 +72,7 @@ class Learner:
         self._pool = PoolCounts()
         self._progress = Progress()
         self._metrics_port = 0
+        self._defect: BaseException | None = None
         try:
             self._restore(launch)
         except (StoreError, ConfigError, lopt.CheckpointError, lopt.ThetaError) as error:
@@ -144,10 +100,11 @@ class Learner:
             run=config.run.name,
             incarnation=self._lease.incarnation,
             families=families,
-            ordered=config.run.mode == "sync",
+            ordered=self._synchronous,
         )
         if checkpoint is not None:
             self._read_state(theta, checkpoint)
+        self._publish()
         self._finished = self.core.version >= config.run.meta_steps
         self._journal = Journal(Path(config.run.log_dir) / config.run.name)
         self._metrics = LearnerMetrics(self._snapshot_metrics, [*families, OTHER_FAMILY], REASONS)
@@ -168,12 +125,12 @@ class Learner:
         tensors = safetensors.torch.load(self._store.read(checkpoint, "learner"))
         try:
             self.core.restore(theta, tensors, checkpoint.meta["learner"])
-            after: dict[str, int] = checkpoint.meta["workers"]
+            names = [blob for blob in checkpoint.blobs if blob not in ("theta", "learner")]
+            self._replay.restore(
+                {blob: self._store.read(checkpoint, blob) for blob in names}, checkpoint.meta["workers"]
+            )
         except (KeyError, TypeError) as error:
             raise DamagedCheckpointError(f"checkpoint {checkpoint.name}: damaged meta field {error}") from error
-        self._snapshots = {
-            worker: (version, self._store.read(checkpoint, f"worker-{worker}")) for worker, version in after.items()
-        }
         self._checkpoint = checkpoint
 
     async def _ensure_background(self) -> None:
@@ -199,32 +156,42 @@ class Learner:
         """Everything a worker needs before its first estimate."""
         await self._ensure_background()
         if self.failure is not None:
-            return Ticket(0, {}, None, -1)
-        after, snapshot = self._snapshots.get(worker, (-1, None))
+            return Ticket(0)
         theta = {name: leaf.numpy() for name, leaf in self.core.theta.items()}
-        return Ticket(self.core.incarnation, theta, snapshot, after)
+        return Ticket(self.core.incarnation, theta, *self._replay.of(worker))
 
-    async def fetch(self, worker: str, after: int) -> Weights:
-        """The current theta; in synchronous runs only once the version is later than ``after``."""
+    async def exchange(
+        self, worker: str, gradients: list[lopt.MetaGradient], snapshot: bytes | None, after: int
+    ) -> Weights:
+        """Take what a worker has estimated (and its state, if it was asked for) and give it theta for what is next.
+
+        Synchronous runs wait for a version later than ``after``, for ``POLL_SECONDS`` at most.
+        """
         await self._ensure_background()
+        self._take(gradients, snapshot)
+        if len(self._saves) > 1:  # the store is slower than the run: no faster than it can save
+            await asyncio.wait(self._saves)
         deadline = time.monotonic() + POLL_SECONDS
-        async with self._changed:
-            while True:
-                leave = self._why_leave(worker)
-                if leave is not None:
-                    return Weights(0, 0, leave=leave)
-                version, incarnation = self.core.version, self.core.incarnation
-                fresh = self.config.run.mode == "async" or version > after
-                if fresh and not self._paused:
-                    flat = self.core.lopt.spec.flatten(self.core.theta).numpy()
-                    return Weights(incarnation, version, flat=flat)
-                remaining = deadline - time.monotonic()
-                if remaining <= 0:
-                    return Weights(incarnation, version)
-                try:
-                    await asyncio.wait_for(self._changed.wait(), remaining)
-                except TimeoutError:
-                    return Weights(incarnation, version)
+        while True:
+            news, weights = self._changed, self._weights(worker, after)
+            if weights.flat is not None or weights.leave is not None:
+                return weights
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await news.wait()
+            except TimeoutError:
+                return weights
+
+    def _weights(self, worker: str, after: int) -> Weights:
+        """What there is for ``worker`` at this instant."""
+        leave = self._why_leave(worker)
+        if leave is not None:
+            return Weights(0, 0, leave=leave)
+        version, incarnation = self.core.version, self.core.incarnation
+        if self._paused or (self._synchronous and version <= after):
+            return Weights(incarnation, version)
+        wanted = self._synchronous and self._replay.wants_snapshot(version)
+        return Weights(incarnation, version, self._flat, snapshot=wanted)
 
     def _why_leave(self, worker: str) -> str | None:
         if self.failure is not None:
@@ -237,56 +204,76 @@ class Learner:
         """Whether theta moves no more, though its last checkpoint may still be on its way."""
         return self._stop_reason is not None or self.core.version >= self.config.run.meta_steps
 
-    async def submit(self, gradient: lopt.MetaGradient, snapshot: bytes | None) -> Verdict | None:
-        """Judge a meta-gradient and step if it was the last one needed. None if the run is over or has failed."""
-        if self.failure is not None or self._is_over():
-            return None
-        verdict = self.core.submit(gradient)
-        staleness = self.core.version - gradient.version
-        if verdict in (Verdict.ACCEPTED, Verdict.STALE):
-            self._metrics.staleness.observe(staleness)
-        if verdict is Verdict.ACCEPTED:
-            self._progress.accepted(gradient, staleness, time.monotonic())
-            if snapshot is not None:
-                self._snapshots[gradient.worker] = (gradient.version, snapshot)
-        if self.core.ready():
-            await self._step()
-        return verdict
+    def _take(self, gradients: list[lopt.MetaGradient], snapshot: bytes | None) -> None:
+        """Judge meta-gradients in order and step whenever enough wait; what comes after the end does not count."""
+        for gradient in gradients:
+            if self.failure is not None or self._is_over():
+                return
+            verdict = self.core.submit(gradient)
+            staleness = self.core.version - gradient.version
+            if verdict in (Verdict.ACCEPTED, Verdict.STALE):
+                self._metrics.staleness.observe(staleness)
+            if verdict is Verdict.ACCEPTED:
+                self._progress.accepted(gradient, staleness, time.monotonic())
+                if self._synchronous and gradient is gradients[-1]:
+                    self._replay.submitted(gradient.worker, gradient.version, snapshot)
+            if self.core.ready():
+                self._step()
 
-    async def _step(self) -> None:
+    def _step(self) -> None:
         try:
             version = self.core.step()
         except MetaStepError as error:
             self.failure = str(error)
             return
+        self._publish()
         self._journal.write(version, time.time(), self._record() | self._progress.stepped())
         if version >= self.config.run.meta_steps:
-            await self._save_surely()
-            self._finished = True
+            self._in_background(self._finish())
         elif version % self.config.storage.every == 0:
-            await self._save()
-        await self._announce()
+            self._in_background(self._save(version, *self._capture()))
+        self._announce()
 
-    async def _announce(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+    def _publish(self) -> None:
+        self._flat = self.core.flat
+        if self._synchronous:
+            self._replay.published(self.core.version, self._flat)
+
+    async def _finish(self) -> None:
+        await self._save_surely()
+        self._finished = True
+
+    def _in_background(self, saving: Coroutine[Any, Any, None]) -> None:
+        """Workers do not wait for the store. What is still on its way when this actor dies is lost with it."""
+        task = asyncio.create_task(saving)
+        self._saves.add(task)
+        task.add_done_callback(self._saved)
+
+    def _saved(self, task: asyncio.Task[None]) -> None:
+        self._saves.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._defect = error  # ``status`` raises it: a defect must not go unnoticed
+
+    def _announce(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     # -- control ------------------------------------------------------------------------------------------------
 
     async def pause(self) -> None:
         """Give out no more theta until ``resume``; what workers are computing is still taken."""
         self._paused = True
-        await self._announce()
+        self._announce()
 
     async def resume(self) -> None:
         """Undo ``pause``."""
         self._paused = False
-        await self._announce()
+        self._announce()
 
     async def drain(self, worker: str) -> None:
-        """Send this worker away with its next ``fetch``."""
+        """Send this worker away with its next ``exchange``."""
         self._leaving[worker] = "scaled down"
-        await self._announce()
+        self._announce()
 
     async def checkpoint(self) -> tuple[str, int]:
         """Save the present state and return its name and version."""
@@ -303,7 +290,7 @@ class Learner:
         Raises ``StoreError`` if nothing can be saved; the run then goes on.
         """
         self._stop_reason = reason
-        await self._announce()
+        self._announce()
         try:
             _, version = await self.checkpoint()
         except StoreError:
@@ -326,6 +313,8 @@ class Learner:
     async def status(self, pool: PoolCounts) -> LearnerStatus:
         """The run at this instant; ``pool`` is what the launcher knows."""
         await self._ensure_background()
+        if self._defect is not None:
+            raise self._defect
         self._pool = pool
         if self.failure is not None:
             return LearnerStatus(failure=self.failure)
@@ -349,17 +338,15 @@ class Learner:
         """Save until it works, the run has failed or ``seconds`` are over."""
         version, deadline = self.core.version, time.monotonic() + seconds
         while not self._is_saved(version) and self.failure is None and time.monotonic() < deadline:
-            await self._save()
+            await self._save(self.core.version, *self._capture())
             if not self._is_saved(version):
                 await asyncio.sleep(RETRY_SECONDS)
 
     def _is_saved(self, version: int) -> bool:
         return self._checkpoint is not None and self._checkpoint.version >= version
 
-    async def _save(self) -> None:
-        """A checkpoint of this instant. A store that refuses is asked again later, for ``MAX_OUTAGE_SECONDS``."""
-        version = self.core.version
-        blobs, meta = self._capture()
+    async def _save(self, version: int, blobs: dict[str, bytes], meta: dict[str, Any]) -> None:
+        """Write a checkpoint. A store that refuses is asked again later, for ``MAX_OUTAGE_SECONDS``."""
         async with self._saving:
             if self._is_saved(version):
                 return  # another call saved this version, or a later one, while this one waited
@@ -390,14 +377,15 @@ class Learner:
         """Blobs and meta of a checkpoint; taken without waiting, so that they belong to one instant."""
         tensors, record = self.core.state()
         origin = provenance(self.config, self.config_yaml, self.core.version)
-        blobs = {
+        blobs, workers = self._replay.state()
+        blobs |= {
             "theta": lopt.encode(self.core.lopt, self.core.theta, origin),
             "learner": safetensors.torch.save(tensors),
-        } | {f"worker-{worker}": snapshot for worker, (_, snapshot) in self._snapshots.items()}
+        }
         meta = {
             "config": self.config_yaml,
             "learner": record,
-            "workers": {worker: version for worker, (version, _) in self._snapshots.items()},
+            "workers": workers,
             "versions": {"paceline": importlib.metadata.version("paceline"), "torch": torch.__version__},
         }
         return blobs, meta

@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -96,6 +97,12 @@ class LearnerCore:
     def theta(self) -> Theta:
         """The current meta-parameters."""
         return self.lopt.spec.unflatten(self._flat.detach().clone(), self._frozen)
+
+    @property
+    def flat(self) -> npt.NDArray[np.float32]:
+        """The trainable part of theta (D,); a copy."""
+        copy: npt.NDArray[np.float32] = self._flat.detach().numpy().copy()
+        return copy
 
     def submit(self, gradient: MetaGradient) -> Verdict:
         """Judge one meta-gradient and, if it is accepted, add it to the aggregate of the next meta-step."""

@@ -1,4 +1,4 @@
-"""The run's diary on local disk: one JSON line per meta-step, and the same numbers as TensorBoard events.
+"""The run's diary on local disk: one JSON line per meta-step, and the same numbers, thinned out, as TensorBoard events.
 
 Owns the two files' format. Never decides what is worth writing and never reads them back.
 """
@@ -15,6 +15,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 JOURNAL = "metrics.jsonl"
+EVENT_SECONDS = 1.0
+"""The least time between two TensorBoard events: a person's eye needs no more, and an event costs more than a line."""
 
 
 class Journal:
@@ -25,11 +27,15 @@ class Journal:
         # line-buffered: a killed learner leaves whole lines
         self._lines = (directory / JOURNAL).open("a", buffering=1, encoding="utf-8")
         self._events = EventFileWriter(str(directory / "tensorboard"), flush_secs=5)
+        self._next_event = 0.0
 
     def write(self, version: int, now: float, record: Mapping[str, Any]) -> None:
         """One meta-step's numbers; nested mappings become ``a/b`` in TensorBoard, everything else stays in JSON."""
         line = {"version": version, "time": round(now, 3), **record}
         self._lines.write(json.dumps(line, sort_keys=True, allow_nan=False) + "\n")
+        if now < self._next_event:
+            return
+        self._next_event = now + EVENT_SECONDS
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in _scalars("", record)]
         self._events.add_event(Event(wall_time=now, step=version, summary=Summary(value=values)))
 

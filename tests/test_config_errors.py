@@ -247,6 +247,7 @@ def test_null_is_refused_where_the_schema_does_not_allow_it(default: Config) -> 
     optional |= {"task.families.digits_mlp32.sample", f"{MLP32}.num_classes"}
     optional |= {"evaluation.tasks.digits_mlp48x48_tanh.task.num_classes"}
     optional |= {"meta_optimizer.clip_value", "meta_optimizer.clip_norm"}
+    optional |= {"estimator.noise_period", "estimator.clip_loss_diff", "estimator.sign_delta_loss"}
     for path, _ in leaves(to_dict(default)):
         if path not in optional:
             with pytest.raises(ConfigError, match=re.escape(path)):

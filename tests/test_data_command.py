@@ -53,7 +53,7 @@ def test_the_list_says_what_is_there_and_where_the_rest_comes_from(tmp_path):
     assert result["root"] == f"{tmp_path}/root"
     rows = {row["name"]: row for row in result["sets"]}
     assert list(rows) == list(CATALOGUE)
-    assert {name for name, row in rows.items() if row["state"] == "embedded"} == {"digits", "pydoc"}
+    assert {name for name, row in rows.items() if row["state"] == "embedded"} == {"digits", "glyphs", "pydoc"}
     assert {name for name, row in rows.items() if row["state"] == "here"} == {"mnist"}
     assert rows["cifar100"]["classes"] == 100
     assert rows["cifar100"]["bytes"] == 168_513_733

@@ -21,7 +21,7 @@ def root_at(tmp_path, url):
 
 
 def test_without_a_root_the_error_names_what_is_looked_for_and_the_embedded_data_sets():
-    with pytest.raises(DataError, match=r"data\.root = None: .*holds mnist/.*digits and pydoc need none"):
+    with pytest.raises(DataError, match=r"data\.root = None: .*holds mnist/.*digits, glyphs and pydoc need none"):
         Library(DataConfig()).images("mnist", 8)
 
 
@@ -124,6 +124,7 @@ def test_what_is_missing_is_told_without_reading(tmp_path, monkeypatch, name, fi
 def test_what_is_embedded_is_never_missing_and_what_has_no_files_always():
     library = Library(DataConfig())
     assert library.missing("digits") is None
+    assert library.missing("glyphs") is None
     assert library.missing("pydoc") is None
     for name in ("cifar10", "lm1b", "t5_32k", "folder:a", "npz:a", "parquet:a", "text:a"):
         assert "data.root = None" in library.missing(name)

@@ -392,7 +392,7 @@ def test_an_unknown_data_set_is_suggested():
 
 
 def test_a_text_asked_for_as_images_is_refused():
-    with pytest.raises(DataError, match="'pydoc' is text: expected images, one of digits, mnist"):
+    with pytest.raises(DataError, match="'pydoc' is text: expected images, one of digits, glyphs, mnist"):
         LIBRARY.images("pydoc", 8)
 
 
@@ -401,6 +401,7 @@ def test_the_catalogue_agrees_with_what_is_published():
         name: (known.classes, known.channels, known.side) for name, known in CATALOGUE.items() if known.kind == "image"
     }
     assert images == {
+        "glyphs": (26, 1, 28),
         "digits": (10, 1, 8),
         "mnist": (10, 1, 28),
         "fashion_mnist": (10, 1, 28),

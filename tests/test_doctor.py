@@ -12,6 +12,7 @@ from configs.schema import ClusterConfig, DataConfig, StorageConfig
 from deploy import doctor
 from deploy.doctor import Check
 from lopt import kernels
+from worker.fused import cpu
 
 LOCAL = ClusterConfig(num_workers=4, worker_cpus=2.0)
 REMOTE = replace(LOCAL, address="head:6379")
@@ -35,7 +36,7 @@ def test_a_good_machine_passes_every_check(tmp_path, monkeypatch):
     names = [check.name for check in checks]
     assert len(set(names)) == len(names)
     assert {
-        "python", "C++ compiler", "update kernels", "CPU cores", "memory", "CUDA devices", "shared memory",
+        "python", "C++ compiler", "fused kernels", "CPU cores", "memory", "CUDA devices", "shared memory",
         "RAY_AUTH_MODE", "Ray temp dir", "checkpoint store", "data root", "data cache", "cluster.control_port",
         "cluster.learner_metrics_port", "cluster.evaluator_metrics_port",
     } <= set(names)  # fmt: skip
@@ -88,10 +89,11 @@ def test_a_compiler_is_looked_for_where_torch_looks():
 def test_kernels_that_were_not_built_cost_speed_and_broken_ones_stop_a_run(monkeypatch):
     assert doctor.check_kernels().status == ("ok" if kernels.cpu.build() else "warn")
     monkeypatch.setattr(kernels.cpu, "build", lambda: "avx2")
-    assert doctor.check_kernels() == Check("update kernels", "ok", "avx2")
+    monkeypatch.setattr(cpu, "build", lambda: "avx512")
+    assert doctor.check_kernels() == Check("fused kernels", "ok", "update: avx2, window: avx512")
     monkeypatch.setattr(kernels.cpu, "build", lambda: None)
     missing = doctor.check_kernels()
-    assert summary(missing) == ("warn", "built without a C++ compiler: everything works, slower")
+    assert summary(missing) == ("warn", "update built without a C++ compiler: everything works, slower")
     assert "install g++" in missing.advice
 
     def stale():

@@ -53,7 +53,7 @@ def config_of(option: str, **changes: object) -> Config:
 
 def worker(config: Config, rule: lopt.LearnedOptimizer) -> WorkerCore:
     distribution = tasks.TaskDistribution(config.task, tasks.Library(config.task.data))
-    return WorkerCore(rule, distribution, config.estimator, 0, ("worker", 0))
+    return WorkerCore(rule, distribution, config.estimator, 0, ("worker", 0), path="reference")
 
 
 def meta_gradient(turn, version, sequence):

@@ -179,7 +179,7 @@ def killed(launch, pid, title, count, recovered):
     return time.monotonic() - start
 
 
-SYNC = ["run.mode=sync", "meta_optimizer.meta_batch=2", "run.meta_steps=60", "storage.every=10", "run.name=same"]
+SYNC = ["run.mode=sync", "worker.turns=2", "meta_optimizer.meta_batch=4", "run.meta_steps=60", "storage.every=10"]
 
 
 def theta(root):

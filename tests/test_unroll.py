@@ -166,14 +166,16 @@ def test_frozen_parts_are_not_perturbed():
         return original(thetas, *rest)
 
     rule.update_particles = spy
-    WorkerCore(rule, distribution({"tiny": mlp()}), CONFIGS["pes"], 0, ("w",)).estimate(theta, 0)
+    WorkerCore(rule, distribution({"tiny": mlp()}), CONFIGS["pes"], 0, ("w",), path="reference").estimate(theta, 0)
     for entry in rule.spec.entries:
         spread = seen[0][entry.name].std(0, correction=0).max()
         assert (spread == 0) == entry.frozen, entry.name
 
 
 def turns(slots, resample, count, config=CONFIGS["full_es"], **settings):
-    core = WorkerCore(Gd(), Parabolas(*"abcd", slots=slots, resample=resample, **settings), config, 0, ("w", 0))
+    core = WorkerCore(
+        Gd(), Parabolas(*"abcd", slots=slots, resample=resample, **settings), config, 0, ("w", 0), path="reference"
+    )
     theta = Gd().init_theta(None)
     return [core.estimate(theta, version) for version in range(count)]
 
@@ -234,7 +236,7 @@ def test_a_worker_draws_tasks_of_the_size_that_the_curriculum_has_reached():
 
     time = TimeConfig(max_seconds=[1.0], weights=[1.0])
     parabolas = Sized("a", time=time, size_schedule=[SizePoint(0, 1.0), SizePoint(4, 5.0)], resample=1.0)
-    core = WorkerCore(Gd(), parabolas, CONFIGS["full_es"], 0, ("w",))
+    core = WorkerCore(Gd(), parabolas, CONFIGS["full_es"], 0, ("w",), path="reference")
     for version in (0, 1, 4, 9):
         core.estimate(Gd().init_theta(None), version)
     assert seen == [1.0, 1.0, 2.0, 5.0, 5.0]

@@ -5,6 +5,7 @@ Owns the slots, their tasks and the estimators' state. Never knows the learner, 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,9 +16,12 @@ import torch
 from configs.schema import EstimatorConfig
 from lopt.base import LearnedOptimizer, Theta
 from tasks import TaskDistribution, generator
+from worker.compiled import Compiled
 from worker.curriculum import horizon_at, size_at
-from worker.estimators import PES, Estimate, EstimatorState, FullES, GradientEstimator
+from worker.estimators import Estimate, EstimatorState, GradientEstimator, build
 from worker.unroll import CPU, Key, Unroll
+
+log = logging.getLogger(__name__)
 
 
 class Turn(NamedTuple):
@@ -44,7 +48,8 @@ class WorkerCore:
     """Estimates of the slots' tasks in turn, worker ``slot`` starting at the slot-th one.
 
     One slot for each task family, or ``tasks.config.slots`` whose families are drawn too. ``key`` (run seed, worker,
-    ...) names all randomness of this worker.
+    ...) names all randomness of this worker. Without ``wait`` a task is trained in eager torch until it is compiled, so
+    that the rounding of its first estimates depends on the compiler's haste.
     """
 
     def __init__(
@@ -55,8 +60,11 @@ class WorkerCore:
         slot: int,
         key: Key,
         device: torch.device = CPU,
+        path: str = "auto",
+        wait: bool = True,
     ) -> None:
-        self.lopt, self.tasks, self.config, self.slot, self.key, self.device = lopt, tasks, config, slot, key, device
+        self.lopt, self.tasks, self.config, self.slot, self.key = lopt, tasks, config, slot, key
+        self.device, self.path, self.wait = device, path, wait
         self.turns = 0
         self._slots: list[_Slot | None] = [None] * (tasks.config.slots or len(tasks.families))
 
@@ -112,11 +120,8 @@ class WorkerCore:
         key = (*self.key, name, draws)
         horizon = horizon_at(self.config, version)
         task = self.tasks.build(draw.static)
-        estimator = _estimator(Unroll(task, self.lopt, self.config.num_tasks, horizon, key, self.device), self.config)
+        compiled = Compiled(task, draw.static.digest(), self.wait)
+        unroll = Unroll(task, self.lopt, self.config.num_tasks, horizon, key, self.device, self.path, compiled)
+        log.info("task %s is computed by the %s path", draw.family, unroll.path.name)
+        estimator = build(unroll, self.config)
         return _Slot(draws, version, draw.family, draw.static.digest(), estimator, estimator.init())
-
-
-def _estimator(unroll: Unroll, config: EstimatorConfig) -> GradientEstimator:
-    if config.name == "pes":
-        return PES(unroll, config.sigma, window=config.window)
-    return FullES(unroll, config.sigma, objective=config.objective)

@@ -1,12 +1,14 @@
 """How a window of inner steps is computed: three ways with one meaning.
 
 Owns the choice and the two ways that go step by step in torch. ``reference`` is eager torch throughout, the
-definition; ``generic`` serves every task and rule; ``fused`` (``worker.fused``) computes a particle's whole window in
-one call, for MLP tasks. Never draws an episode and never knows what the losses are for.
+definition; ``generic`` serves every task and rule, its losses and gradients compiled (``worker.compiled``); ``fused``
+(``worker.fused``) computes a particle's whole window in one call, for MLP tasks. Never draws an episode and never
+knows what the losses are for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import groupby
 from typing import Protocol
@@ -16,11 +18,17 @@ from torch import Tensor
 
 from configs.schema import ConfigError
 from lopt import kernels
-from lopt.base import LearnedOptimizer, Theta
-from tasks import Batch, Task
+from lopt.base import LearnedOptimizer, Params, Theta
+from tasks import Batch, Dynamic, Task, TaskState
+from tasks.base import LossesAndGrads
 from tasks.random import fold
 from worker import fused
+from worker.compiled import Compiled
 from worker.particles import Particles, Start, fresh
+
+BLOCK_BYTES = 1 << 22
+"""Of batches that are drawn together, because drawing few numbers takes as long as drawing more."""
+Gradient = Callable[[Params, TaskState, Batch, Dynamic], LossesAndGrads]
 
 
 class Path(Protocol):
@@ -36,10 +44,11 @@ class Path(Protocol):
         """
 
 
-def choose(path: str, task: Task, lopt: LearnedOptimizer, device: torch.device) -> Path:
+def choose(path: str, task: Task, lopt: LearnedOptimizer, device: torch.device, compiled: Compiled | None) -> Path:
     """The path that ``worker.path`` names; ``auto`` is ``fused`` where that serves, else ``generic``.
 
-    Raises ConfigError where ``fused`` is demanded and does not serve.
+    ``compiled`` is the task's for the generic path; None leaves that to eager torch. Raises ConfigError where
+    ``fused`` is demanded and does not serve.
     """
     if path in ("auto", "fused"):
         why_not = fused.refusal(task, lopt, device)
@@ -47,27 +56,40 @@ def choose(path: str, task: Task, lopt: LearnedOptimizer, device: torch.device) 
             return fused.Fused(task, lopt)
         if path == "fused":
             raise ConfigError("worker.path", path, f"auto, generic or reference: {why_not}")
-    return StepByStep(task, lopt, "reference" if path == "reference" else "generic")
+    if path == "reference":
+        return StepByStep(task, lopt, "reference", task.losses_and_grads)
+    return StepByStep(task, lopt, "generic", compiled or task.losses_and_grads)
 
 
 class StepByStep:
     """All particles take each step together, in torch."""
 
-    def __init__(self, task: Task, lopt: LearnedOptimizer, name: str) -> None:
-        self.task, self.lopt, self.name = task, lopt, name
+    def __init__(self, task: Task, lopt: LearnedOptimizer, name: str, losses_and_grads: Gradient) -> None:
+        self.task, self.lopt, self.name, self.losses_and_grads = task, lopt, name, losses_and_grads
 
     def run(self, theta: Theta, particles: Particles, starts: list[Start], batches: Tensor, steps: int) -> Tensor:
         begin = {step: list(group) for step, group in groupby(starts, key=lambda start: start.step)}
-        losses = []
+        losses, data = [], self._batches(batches, steps)
         with kernels.reference() if self.name == "reference" else nullcontext():
             for step in range(steps):
                 if step in begin:
                     particles.begin(fresh(self.task, self.lopt, theta, begin[step], batches.device))
-                losses.append(self._step(theta, particles, self.task.batch("train", fold(batches, step))))
+                losses.append(self._step(theta, particles, next(data)))
         return torch.stack(losses)
 
+    def _batches(self, keys: Tensor, steps: int) -> Iterator[Batch]:
+        """The batches of ``steps`` steps, as many drawn at once as are small together."""
+        step, at_once = 0, 1
+        while step < steps:
+            block = torch.stack([fold(keys, number) for number in range(step, min(step + at_once, steps))])
+            drawn = self.task.batch("train", block.flatten())
+            for number in range(len(block)):
+                yield {name: leaf.view(*block.shape, *leaf.shape[1:])[number] for name, leaf in drawn.items()}
+            step += len(block)
+            at_once = max(1, BLOCK_BYTES * len(block) // sum(leaf.nbytes for leaf in drawn.values()))
+
     def _step(self, theta: Theta, particles: Particles, batch: Batch) -> Tensor:
-        raw, grads, task_state = self.task.losses_and_grads(
+        raw, grads, task_state = self.losses_and_grads(
             particles.params, particles.task_state, both_sides(batch), particles.dynamic
         )
         particles.params, particles.state = self.lopt.update_particles(

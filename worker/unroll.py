@@ -17,6 +17,7 @@ from torch import Tensor
 from lopt.base import LearnedOptimizer, Theta
 from tasks import Task, generator
 from tasks.random import fold, keys
+from worker.compiled import Compiled
 from worker.particles import Episode, Particles, Start
 from worker.paths import both_sides, choose
 
@@ -35,9 +36,9 @@ class Unroll:
     """Inner training of one task under many thetas.
 
     ``horizon`` is (low, high): lengths of episodes are log-uniform on it; the curriculum may change it between calls.
-    ``key`` names this unroll's randomness, ``path`` how steps are computed (``paths.choose``). Episodes are drawn on
-    the CPU, batches on ``device``, where particles live, by a counter-based generator, so that they are the same
-    everywhere; counters stay on the CPU.
+    ``key`` names this unroll's randomness, ``path`` and ``compiled`` say how steps are computed (``paths.choose``).
+    Episodes are drawn on the CPU, batches on ``device``, where particles live, by a counter-based generator, so that
+    they are the same everywhere; counters stay on the CPU.
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class Unroll:
         key: Key,
         device: torch.device = CPU,
         path: str = "auto",
+        compiled: Compiled | None = None,
     ) -> None:
         self.task, self.lopt, self.key, self.device = task, lopt, key, device
         self.num_tasks, self.horizon = num_tasks, horizon
-        self.path = choose(path, task, lopt, device)
+        self.path = choose(path, task, lopt, device, compiled)
 
     def start(self, episode: int = 0) -> Particles:
         """Particles before the given episode: the previous one is over, so that the first step begins it."""

@@ -87,14 +87,14 @@ def serves(params: Params, hidden: int) -> bool:
         return False
     return (
         hidden <= MAX_HIDDEN
-        and _is_known(next(iter(devices)))
+        and is_known(next(iter(devices)))
         and not torch.cuda.is_current_stream_capturing()
         and all(len(p) <= MOST_PARTICLES and p.numel() <= LARGEST * len(p) for p in params.values())
     )
 
 
 @cache
-def _is_known(device: torch.device) -> bool:
+def is_known(device: torch.device) -> bool:
     """Whether there is triton, and the device is one that the kernels are known to compile for."""
     nvidia = find_spec("triton") is not None and torch.version.cuda is not None
     return nvidia and torch.cuda.get_device_capability(device) >= OLDEST

@@ -4,7 +4,7 @@ Owns: that table, and the names of data sets. Must never read data or use the ne
 
 Sizes and checksums are those that TensorFlow Datasets records for its downloads (``url_checksums``, Apache 2.0); a
 file for which none is published has None there. Besides the names in the table there are the user's own sets:
-``folder:PATH``, ``npz:PATH`` and ``parquet:PATH`` (PATH below ``data.root``, or absolute, or a URL).
+``folder:PATH``, ``idx:PATH``, ``npz:PATH`` and ``parquet:PATH`` (PATH below ``data.root``, or absolute, or a URL).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from configs.schema import did_you_mean
 from tasks.errors import DataError
 
-OWN_IMAGES = ("folder", "npz", "parquet")
+OWN_IMAGES = ("folder", "idx", "npz", "parquet")
 """The kinds of a user's own image sets, as in ``folder:PATH``. Without grey they have three channels."""
 
 
@@ -88,6 +88,17 @@ _ENTRIES = (
         classes=10,
         channels=1,
         side=8,
+        embedded=True,
+    ),
+    Entry(
+        name="glyphs",
+        kind="image",
+        title="The letters A to Z, drawn from the fonts that matplotlib ships (15,288 images)",
+        licence="the fonts' own: DejaVu (Bitstream Vera), STIX, Computer Modern of BaKoMa",
+        homepage="https://matplotlib.org/stable/users/explain/text/fonts.html",
+        classes=26,
+        channels=1,
+        side=28,
         embedded=True,
     ),
     Entry(
@@ -371,7 +382,7 @@ def entry(dataset: str) -> Entry:
 
 
 def own_kind(dataset: str) -> str | None:
-    """``folder``, ``npz`` or ``parquet`` for a user's own image set such as ``folder:PATH``, else None."""
+    """``folder``, ``idx``, ``npz`` or ``parquet`` for a user's own image set such as ``folder:PATH``, else None."""
     kind, colon, path = dataset.partition(":")
     return kind if colon and path and kind in OWN_IMAGES else None
 

@@ -168,7 +168,7 @@ class DataRoot:
             root = path
         elif root is None:
             raise DataError(
-                f"data.root = None: expected the folder or URL that holds {path} (digits and pydoc need none)"
+                f"data.root = None: expected the folder or URL that holds {path} (digits, glyphs and pydoc need none)"
             )
         try:
             system, base = url_to_fs(str(Path(root).expanduser()) if "://" not in root else root, **options)

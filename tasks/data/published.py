@@ -12,6 +12,7 @@ from functools import partial
 from tasks.data.catalogue import entry, own_kind
 from tasks.data.files import DataRoot, File
 from tasks.data.folders import open_folder, open_food101
+from tasks.data.glyphs import open_glyphs
 from tasks.data.imagenet import open_imagenet
 from tasks.data.npz import open_npz
 from tasks.data.readers import read_cifar, read_idx_images, read_idx_labels, read_svhn, read_tar
@@ -29,7 +30,6 @@ _CIFAR = {
     ),
     "cifar100": ("cifar-100-binary", "cifar-100-binary.tar.gz", 2, ["train.bin"], ["test.bin"]),
 }
-_OWN = {"folder": open_folder, "npz": open_npz, "parquet": open_parquet}
 
 
 def open_source(dataset: str, root: DataRoot) -> Source:
@@ -43,6 +43,8 @@ def open_source(dataset: str, root: DataRoot) -> Source:
     known = entry(dataset)
     if dataset in _CIFAR:
         return _open_cifar(dataset, root)
+    if dataset == "glyphs":
+        return open_glyphs()
     if dataset == "svhn":
         training, test = (partial(_svhn_chunks, root.find((f"svhn/{part}_32x32.mat",))) for part in ("train", "test"))
         return Source(training, test)
@@ -54,8 +56,12 @@ def open_source(dataset: str, root: DataRoot) -> Source:
 
 
 def _open_idx(dataset: str, root: DataRoot) -> Source:
+    """The four files of MNIST's form in the folder ``dataset``, which may be a user's own (``idx:PATH``)."""
     training, test = (partial(_idx_chunks, _idx_files(dataset, stem, root)) for stem in ("train", "t10k"))
     return Source(training, test)
+
+
+_OWN = {"folder": open_folder, "idx": _open_idx, "npz": open_npz, "parquet": open_parquet}
 
 
 def _idx_files(dataset: str, stem: str, root: DataRoot) -> tuple[File, File]:

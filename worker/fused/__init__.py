@@ -1,7 +1,8 @@
 """The fused path: a particle's whole window in one call, for MLPs on images and the rules that move every parameter.
 
 Owns which tasks and rules it serves, and what a window needs from torch before and after the call. The kernels are C++
-(``cpu``, built at install if there is a compiler). They compute what ``worker.paths.StepByStep`` does, to rounding.
+(``cpu``, built at install if there is a compiler) and Triton (``gpu``). They compute what ``worker.paths.StepByStep``
+does, to rounding.
 Never draws an episode and never knows what the losses are for.
 """
 
@@ -11,16 +12,19 @@ import torch
 from torch import Tensor
 
 from lopt.base import LearnedOptimizer, Theta
+from lopt.kernels.gpu import is_known
 from tasks import Task
-from worker.fused import cpu
+from worker.fused import cpu, gpu
 from worker.fused.problem import problem_of, refusal_of_rule, refusal_of_task
 from worker.particles import Fresh, Leaves, Particles, Start, fresh
 
-__all__ = ["Fused", "cpu", "refusal"]
+__all__ = ["Fused", "cpu", "gpu", "refusal"]
 
 
 def refusal(task: Task, lopt: LearnedOptimizer, device: torch.device) -> str | None:
     """Why the fused path does not serve this task under this rule; None where it does."""
+    if device.type == "cuda":
+        return gpu.refusal(task, lopt) if is_known(device) else "the kernels are for NVIDIA GPUs since sm_80"
     if device.type != "cpu":
         return f"no fused kernels for {device.type}"
     if cpu.library() is None:
@@ -41,7 +45,8 @@ class Fused:
         before = particles.dynamic
         if new is not None:
             _allocate(particles, new)
-        raw = cpu.run(self.problem, self.lopt, theta, particles, new, starts, batches, steps)
+        run = gpu.run if batches.is_cuda else cpu.run
+        raw = run(self.problem, self.lopt, theta, particles, new, starts, batches, steps)
         losses = self._meta_losses(raw, before or particles.dynamic, new, starts)
         if new is not None:
             _take_dynamic(particles, new, starts)
@@ -64,7 +69,9 @@ def _allocate(particles: Particles, new: Fresh) -> None:
     if not particles.params:
         for part in ("params", "state", "dynamic"):
             leaves = getattr(new, part)
-            setattr(particles, part, {k: leaf.new_zeros(particles.count, *leaf.shape[1:]) for k, leaf in leaves.items()})
+            setattr(
+                particles, part, {k: leaf.new_zeros(particles.count, *leaf.shape[1:]) for k, leaf in leaves.items()}
+            )
 
 
 def _take_dynamic(particles: Particles, new: Fresh, starts: list[Start]) -> None:

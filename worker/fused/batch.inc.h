@@ -14,13 +14,15 @@ static inline int64_t below(uint64_t drawn, int64_t high) { return ((drawn >> 32
 struct Batch {
   float* x;  // (batch, padded(pixels))
   std::vector<int64_t> labels, rows;  // rows: of the data set, those of the batch that is fetched next
+  std::vector<float> noise;
 };
 
-// Number q of the stream becomes the places 2 q and 2 q + 1 of an image set with `pixels` numbers each (Box & Muller).
-static void add_noise(const Problem& problem, uint64_t key, float* x) {
+// Number q of the stream becomes the places 2 q and 2 q + 1 of all images of the batch in a row (Box & Muller).
+static void add_noise(const Problem& problem, uint64_t key, Batch& out) {
   const int64_t pixels = problem.widths[0], ld = padded(pixels), total = problem.batch * pixels;
-  const float noise = static_cast<float>(problem.noise);
-  alignas(64) float radius[kLanes], angle[kLanes], sine[kLanes], cosine[kLanes];
+  const float noise = static_cast<float>(problem.noise), turn = static_cast<float>(2 * 3.14159265358979323846 * 0x1p-32);
+  out.noise.resize((total / (2 * kLanes) + 1) * 2 * kLanes);
+  alignas(64) float radius[kLanes], angle[kLanes], pair[2][kLanes];
   for (int64_t first = 0; 2 * first < total; first += kLanes) {
     for (int l = 0; l < kLanes; ++l) {
       const uint64_t drawn = number(key, first + l);
@@ -28,16 +30,14 @@ static void add_noise(const Problem& problem, uint64_t key, float* x) {
       angle[l] = static_cast<float>(static_cast<int64_t>(drawn & 0xFFFFFFFFu));
     }
     const Vec r = vsqrt(-2.0f * vlog((load(radius) + 0.5f) * 0x1p-32f));
-    Vec s, c;
-    vsincos(load(angle) * static_cast<float>(2 * 3.14159265358979323846 * 0x1p-32), s, c);
-    store(cosine, noise * (r * c));
-    store(sine, noise * (r * s));
-    for (int l = 0; l < kLanes && 2 * (first + l) < total; ++l) {
-      const int64_t even = 2 * (first + l), odd = even + 1;
-      x[even / pixels * ld + even % pixels] += cosine[l];
-      if (odd < total) x[odd / pixels * ld + odd % pixels] += sine[l];
-    }
+    Vec sine, cosine;
+    vsincos(load(angle) * turn, sine, cosine);
+    store(pair[0], noise * (r * cosine));
+    store(pair[1], noise * (r * sine));
+    for (int l = 0; l < 2 * kLanes; ++l) out.noise[2 * first + l] = pair[l % 2][l / 2];
   }
+  for (int64_t b = 0; b < problem.batch; ++b)
+    for (int64_t k = 0; k < pixels; ++k) out.x[b * ld + k] += out.noise[b * pixels + k];
 }
 
 // Chooses the examples of a step, so that the memory can send them while another step is computed.
@@ -85,5 +85,5 @@ static void convert(const Problem& problem, uint64_t key, Batch& out) {
 // The batch whose examples `draw` has chosen with the same key.
 static void fetch(const Problem& problem, uint64_t key, Batch& out) {
   problem.bytes ? convert<uint8_t>(problem, key, out) : convert<float>(problem, key, out);
-  if (problem.noise > 0) add_noise(problem, fold_in(key, problem.noise_tag), out.x);
+  if (problem.noise > 0) add_noise(problem, fold_in(key, problem.noise_tag), out);
 }

@@ -172,30 +172,35 @@ class _Memory:
         """The state of particles, leaves (any, ...); those of ``params`` and ``state`` are made contiguous in place."""
         for leaves in (params, state):
             leaves.update({name: leaf.contiguous() for name, leaf in leaves.items() if not leaf.is_contiguous()})
-        pointers = {kind: self._table(state, kind, params) for kind in ("m", "v", "lstm_hidden", "lstm_cell")}
+        # by name, because leaves that were read from a file come in any order
+        names = [f"{kind}{layer}" for layer in range(len(problem.widths) - 1) for kind in "wb"]
+        pointers = {kind: self._table(state, kind, names) for kind in ("m", "v", "lstm_hidden", "lstm_cell")}
         if "lstm.hidden" in state:
             for kind in ("hidden", "cell"):
                 pointers[f"lstm_{kind}"] = self.array(np.array([state[f"lstm.{kind}"].data_ptr()], dtype=np.uint64))
-        outer, inner = zip(*(_axes(name, p, state) for name, p in params.items()), strict=True)
+        outer, inner = zip(*(_axes(name, params[name], state) for name in names), strict=True)
         dynamic = {name: leaf for name, leaf in dynamic.items() if name in (problem.tau, "activation", *SWITCHES)}
-        counters = {name: state[name].data_ptr() for name in ("iteration", "num_steps") if name in state}
+        counters: dict[str, int] = {}
+        for name in ("iteration", "num_steps"):
+            if name in state:
+                counters[name] = state[name].data_ptr()
         if "loss/count" in state:
             counters |= {"loss_count": state["loss/count"].data_ptr()}
             counters |= {field: state[leaf].data_ptr() for field, leaf in _LOSSES.items()}
-        names = {problem.tau: "tau", "activation": "activation"} | dict(
+        fields = {problem.tau: "tau", "activation": "activation"} | dict(
             zip(SWITCHES, ("center", "constrain", "log_loss"), strict=True)
         )
         return _Rows(
-            p=self.array(np.array([p.data_ptr() for p in params.values()], dtype=np.uint64)),
+            p=self.array(np.array([params[name].data_ptr() for name in names], dtype=np.uint64)),
             outer=self.array(np.array(outer, dtype=np.uint64)),
             inner=self.array(np.array(inner, dtype=np.uint64)),
             **pointers,
             **counters,
-            **{names[name]: self.tensor(leaf) for name, leaf in dynamic.items()},
+            **{fields[name]: self.tensor(leaf) for name, leaf in dynamic.items()},
         )
 
-    def _table(self, state: Leaves, kind: str, params: Leaves) -> int | None:
-        leaves = [state.get(f"{kind}/{name}") for name in params]
+    def _table(self, state: Leaves, kind: str, names: Sequence[str]) -> int | None:
+        leaves = [state.get(f"{kind}/{name}") for name in names]
         if leaves[0] is None:
             return None
         return self.array(np.array([leaf.data_ptr() for leaf in leaves if leaf is not None], dtype=np.uint64))

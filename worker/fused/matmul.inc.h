@@ -32,6 +32,7 @@ template <int kWidth>
 static void product_panel(Operand left, const float* b, int64_t ldb, const float* bias, float* c, int64_t ldc,
                           int64_t rows, int64_t depth) {
   constexpr int kTall = kRegisters / (kWidth + 1) / 4 * 4;  // what the registers hold besides a row of B
+  static_assert(kTall > 0);
   int64_t r = 0;
   const auto at = [&](int64_t row) { return Operand{left.a + row * left.row_step, left.row_step, left.col_step}; };
   for (; r + kTall <= rows; r += kTall) product_tile<kTall, kWidth>(at(r), b, ldb, bias, c + r * ldc, ldc, depth);
@@ -51,7 +52,7 @@ static void product(Operand left, const float* b, int64_t ldb, const float* bias
 // A few rows times a matrix of any width, which is not padded: y (rows, cols) = x (rows, depth) w + bias.
 static void linear(const float* x, int64_t rows, int64_t depth, const float* w, const float* bias, int64_t cols,
                    float* y) {
-  constexpr int kWidth = 4;
+  constexpr int kWidth = kRegisters / 8;
   const Operand left{x, depth, 1};
   int64_t j = 0;
   for (; j + kWidth * kLanes <= cols; j += kWidth * kLanes)

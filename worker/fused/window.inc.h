@@ -25,7 +25,7 @@ class Bench {
     const int64_t T = 2 * problem.layers, n = problem.batch;
     const int64_t widest = padded(*std::max_element(problem.widths, problem.widths + problem.layers + 1));
     for (Particle& side : sides_) side = new_particle(problem, rule, arena_);
-    batch_ = {arena_.floats(n * padded(problem.widths[0])), std::vector<int64_t>(n), std::vector<int64_t>(n)};
+    batch_ = {arena_.floats(n * padded(problem.widths[0])), std::vector<int64_t>(n), std::vector<int64_t>(n), {}};
     work_.hidden.push_back(nullptr), work_.slope.push_back(nullptr), work_.delta.push_back(nullptr);
     for (int64_t l = 1; l <= problem.layers; ++l)
       for (auto* buffers : {&work_.hidden, &work_.slope, &work_.delta})

@@ -1,0 +1,255 @@
+"""The fused path computes what the reference does: windows, resets, every rule, every form of MLP task."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lopt
+import tasks
+from configs.schema import ConfigError, DataConfig
+from tests.quadratic import Gd, Parabola
+from worker import fused
+from worker.unroll import Unroll
+
+LIBRARY = tasks.Library(DataConfig())
+pytestmark = pytest.mark.skipif(fused.cpu.library() is None, reason="paceline was installed without a compiler")
+
+RULES = {
+    "small_fc 4": functools.partial(lopt.SmallFcLopt, 4),
+    "small_fc 7": functools.partial(lopt.SmallFcLopt, 7),
+    "small_fc 32": functools.partial(lopt.SmallFcLopt, 32),
+    "small_fc 40": functools.partial(lopt.SmallFcLopt, 40),
+    "mulo 12": functools.partial(lopt.MuLO, 12),
+    "celo 1": functools.partial(lopt.Celo, 1),
+    "celo 2": functools.partial(lopt.Celo, 2),
+    "velo": functools.partial(lopt.Velo, 9, 5),
+    "velo compat": functools.partial(lopt.Velo, 16, 4, compat=True),
+    "celo2": lopt.Celo2,
+    "celo2 base": functools.partial(lopt.Celo2, orthogonalize=False),
+}
+BUILDS = ("avx512", "avx2", "portable")
+
+
+@pytest.fixture(params=BUILDS)
+def build(request):
+    """Each of the kernels' builds that this processor runs."""
+    best = fused.cpu.build()
+    try:
+        fused.cpu.use(request.param)
+    except ValueError:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    fused.cpu.use(best)
+
+
+def mlp(tau=None, **changes):
+    static = {"kind": "image_mlp", "hidden": [12], "batch_size": 16} | changes
+    if tau is not None:
+        static = {"kind": "reparam", "level": "global", "low": tau[0], "high": tau[1], "task": static}
+    return tasks.static_from_dict(static).build(LIBRARY)
+
+
+def trained(rule):
+    """A theta under which trainings move: the published one of Celo, drawn and enlarged for the others."""
+    if isinstance(rule, lopt.Celo):
+        return lopt.read("celo")[1]
+    theta = rule.init_theta(torch.Generator().manual_seed(0))
+    return {
+        name: leaf + 0.03 * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(1))
+        for name, leaf in theta.items()
+    }
+
+
+def windows(rule, task, path, steps, count=1, num_tasks=2, horizon=(5, 20), theta=None):
+    theta = trained(rule) if theta is None else theta
+    flat = rule.spec.flatten(theta)
+    eps = 0.01 * torch.randn(num_tasks, len(flat), generator=torch.Generator().manual_seed(2))
+    thetas = rule.spec.unflatten(torch.cat([flat + eps, flat - eps]), theta)
+    unroll = Unroll(task, rule, num_tasks, horizon, ("fused",), path=path)
+    particles = unroll.start()
+    found = [unroll.run(thetas, particles, steps, window) for window in range(count)]
+    return torch.cat([w.losses for w in found]), torch.cat([w.done for w in found]), particles
+
+
+def assert_same(rule, task, steps=12, count=2, rtol=2e-5, theta=None, **settings):
+    """Losses and the whole state differ by rounding, or by little more than a last digit of theta changes them."""
+    theta = trained(rule) if theta is None else theta
+    nudged = {name: leaf * (1 + 2**-22) for name, leaf in theta.items()}
+    run = functools.partial(windows, rule, task, steps=steps, count=count, **settings)
+    expected, done, reference = run("reference", theta=theta)
+    other, _, perturbed = run("reference", theta=nudged)
+    losses, our_done, particles = run("fused", theta=theta)
+    assert torch.equal(done, our_done)
+    ours, theirs = particles.tensors() | {"losses": losses}, reference.tensors() | {"losses": expected}
+    changed = perturbed.tensors() | {"losses": other}
+    assert ours.keys() == theirs.keys()
+    for name, leaf in theirs.items():
+        assert ours[name].dtype == leaf.dtype, name
+        assert ours[name].shape == leaf.shape, name
+        x, y, z = (values.double() for values in (leaf, ours[name], changed[name]))
+        assert y.isfinite().all(), name
+        allowed = rtol * x.abs().max() + 10 * (z - x).abs().max()
+        assert float((y - x).abs().max()) <= float(allowed), name
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_every_rule_is_the_reference_over_windows_with_resets(rule, build):
+    rule = rule()
+    assert_same(rule, mlp(), rtol=1e-3 if rule.needs_horizon else 2e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden": []},
+        {"hidden": [5, 40, 9], "batch_size": 7},
+        {"loss": "squared", "hidden": [33]},
+        {"shift": 2, "noise": 0.3},
+        {"tau": (1e-3, 1e3)},
+        {"tau": (1e-2, 1e2), "shift": 1, "noise": 0.1, "activation": "dynamic"},
+        {"kind": "mlp_ae"},
+        {"kind": "mlp_ae", "constrain_output": False, "center_data": True},
+        {
+            "kind": "mlp_ae", "log_loss": "dynamic", "center_data": "dynamic", "constrain_output": "dynamic",
+            "normalizer": "parametric", "activation": "dynamic",
+        },
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_form_of_task_is_the_reference(changes, build):
+    assert_same(lopt.SmallFcLopt(4), mlp(**changes))
+    assert_same(lopt.Celo(1), mlp(**changes), count=1, rtol=1e-4)
+
+
+@pytest.mark.parametrize("activation", tasks.families.activations.KINDS)
+def test_every_activation_is_the_reference(activation, build):
+    assert_same(lopt.SmallFcLopt(4), mlp(activation=activation, hidden=[9, 17]), num_tasks=1)
+
+
+def test_axis_scaled_data_are_the_reference(build):
+    """Pixels whose sizes differ by ten orders of magnitude: what Adafactor's axes are for."""
+    task = mlp()
+    images, labels, order = task.datasets.train.pixels.on(torch.device("cpu"))
+    scales = torch.logspace(-6, 4, images[0].numel()).reshape(images.shape[1:])
+    pixels = tasks.data.images.Pixels(images * scales, labels, order, 1000)
+    train = tasks.data.images.ImageDataset(pixels, range(1000), 8)
+    task.datasets = tasks.Datasets(train, train, train)
+    assert_same(lopt.SmallFcLopt(4), task)
+    assert_same(lopt.Celo(1), task, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rule", [functools.partial(lopt.SmallFcLopt, 4), RULES["celo 1"], RULES["celo 2"]])
+def test_200_steps_differ_no_more_than_a_last_digit_of_theta_makes(rule):
+    """The yardstick for chaos: the reference against itself under a theta changed by its rounding."""
+    rule, task = rule(), mlp(hidden=[32], batch_size=64)
+    theta = trained(rule)
+    nudged = {name: leaf * (1 + 2**-23) for name, leaf in theta.items()}
+    run = functools.partial(windows, rule, task, steps=200, num_tasks=4, horizon=(60, 150))
+    exact, rounded = run("reference", theta=theta)[0], run("reference", theta=nudged)[0]
+    losses = run("fused", theta=theta)[0]
+    own, ours = ((other - exact).abs().mean() for other in (rounded, losses))
+    assert float(ours) <= 5 * float(own) + (1e-5 if rule.needs_horizon else 1e-6)
+
+
+@given(
+    hidden=st.lists(st.integers(1, 70), max_size=3),
+    batch=st.integers(1, 40),
+    width=st.integers(1, 40),
+    num_tasks=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=15, deadline=None)
+def test_any_widths_are_the_reference(hidden, batch, width, num_tasks, seed):
+    rule = lopt.SmallFcLopt(width)
+    theta = rule.init_theta(torch.Generator().manual_seed(seed))
+    assert_same(
+        rule, mlp(hidden=hidden, batch_size=batch), 6, 1, 5e-5, num_tasks=num_tasks, theta=theta, horizon=(2, 5)
+    )
+
+
+def test_threads_change_nothing(build):
+    one = windows(lopt.Celo(2), mlp(), "fused", 30, num_tasks=5)
+    torch.set_num_threads(3)
+    try:
+        three = windows(lopt.Celo(2), mlp(), "fused", 30, num_tasks=5)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(one[0], three[0])
+    for name, leaf in one[2].tensors().items():
+        assert torch.equal(leaf, three[2].tensors()[name]), name
+
+
+def test_a_window_cut_in_two_is_the_same_state(build):
+    """What a particle is at the end of a window is all that the next one needs."""
+    rule, task = lopt.Celo(2), mlp()
+    whole = windows(rule, task, "fused", 10, 3)
+    unroll = Unroll(task, rule, 2, (5, 20), ("fused",), path="fused")
+    flat = rule.spec.flatten(trained(rule))
+    eps = 0.01 * torch.randn(2, len(flat), generator=torch.Generator().manual_seed(2))
+    thetas = rule.spec.unflatten(torch.cat([flat + eps, flat - eps]), trained(rule))
+    particles, losses = unroll.start(), []
+    for window in range(3):
+        shuffled = dict(sorted(particles.tensors().items(), reverse=True))  # as a file may return them
+        particles = type(particles).from_tensors(shuffled, torch.device("cpu"))
+        losses.append(unroll.run(thetas, particles, 10, window).losses)
+    assert torch.equal(torch.cat(losses), whole[0])
+
+
+def test_a_diverged_side_reports_the_worst_loss_and_leaves_the_others_alone(build):
+    rule, task = lopt.SmallFcLopt(4), mlp()
+    theta = trained(rule)
+    flat = rule.spec.flatten(theta).repeat(4, 1)
+    mad = rule.spec.unflatten(flat, theta)
+    mad["mlp.b2"] = mad["mlp.b2"] + torch.tensor([1e30, 0, 0, 0]).unsqueeze(1)
+    results = []
+    for thetas in (rule.spec.unflatten(flat, theta), mad):
+        unroll = Unroll(task, rule, 2, (50, 50), ("mad",), path="fused")
+        results.append(unroll.run(thetas, unroll.start(), 20, 0).losses)
+    sane, diverged = results
+    assert diverged.isfinite().all()
+    assert float(diverged[-1, 0]) == task.worst_loss
+    assert torch.equal(sane[:, 1:], diverged[:, 1:])
+
+
+def test_auto_takes_the_fused_path_where_it_serves_and_the_generic_one_elsewhere():
+    def chosen(task, rule, path="auto"):
+        return Unroll(task, rule, 1, (5, 5), ("path",), path=path).path.name
+
+    assert chosen(mlp(), lopt.Celo(1)) == "fused"
+    assert chosen(mlp(tau=(0.1, 10.0)), lopt.Celo(2)) == "fused"
+    assert chosen(mlp(), lopt.Celo(1), "reference") == "reference"
+    assert chosen(mlp(norm="layer_norm"), lopt.Celo(1)) == "generic"
+    assert chosen(mlp(dropout=0.5), lopt.Celo(1)) == "generic"
+    assert chosen(Parabola(), Gd()) == "generic"
+    assert chosen(mlp(), lopt.Celo2(compat=True)) == "generic"
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule", "reason"),
+    [
+        ({"norm": "batch_norm"}, lopt.Celo(1), "norms or dropout"),
+        ({"image_size": 16}, lopt.Celo(1), None),
+        ({}, lopt.Celo2(adam_names="w*"), "routing"),
+    ],
+)
+def test_a_forced_path_that_does_not_serve_is_refused_with_the_reason(changes, rule, reason):
+    task = mlp(**changes)
+    if reason is None:
+        assert Unroll(task, rule, 1, (5, 5), ("path",), path="fused").path.name == "fused"
+        return
+    with pytest.raises(ConfigError, match=reason) as error:
+        Unroll(task, rule, 1, (5, 5), ("path",), path="fused")
+    assert error.value.field == "worker.path"
+
+
+def test_bytes_become_pixels_as_division_rounds_them():
+    """255 levels through a network of one layer whose loss is their sum of squares: exact if every level is."""
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    pixels = tasks.data.images.Pixels(images, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 1)
+    train = tasks.data.images.ImageDataset(pixels, range(1), 16)
+    task = mlp(hidden=[], image_size=16, batch_size=1)
+    task.datasets = tasks.Datasets(train, train, train)
+    assert_same(lopt.SmallFcLopt(4), task, rtol=1e-6)
