@@ -22,7 +22,7 @@ static void add_noise(const Problem& problem, uint64_t key, Batch& out) {
   const int64_t pixels = problem.widths[0], ld = padded(pixels), total = problem.batch * pixels;
   const float noise = static_cast<float>(problem.noise), turn = static_cast<float>(2 * 3.14159265358979323846 * 0x1p-32);
   out.noise.resize((total / (2 * kLanes) + 1) * 2 * kLanes);
-  alignas(64) float radius[kLanes], angle[kLanes], pair[2][kLanes];
+  alignas(64) float radius[kLanes], angle[kLanes];
   for (int64_t first = 0; 2 * first < total; first += kLanes) {
     for (int l = 0; l < kLanes; ++l) {
       const uint64_t drawn = number(key, first + l);
@@ -32,9 +32,7 @@ static void add_noise(const Problem& problem, uint64_t key, Batch& out) {
     const Vec r = vsqrt(-2.0f * vlog((load(radius) + 0.5f) * 0x1p-32f));
     Vec sine, cosine;
     vsincos(load(angle) * turn, sine, cosine);
-    store(pair[0], noise * (r * cosine));
-    store(pair[1], noise * (r * sine));
-    for (int l = 0; l < 2 * kLanes; ++l) out.noise[2 * first + l] = pair[l % 2][l / 2];
+    interleave(noise * (r * cosine), noise * (r * sine), out.noise.data() + 2 * first);
   }
   for (int64_t b = 0; b < problem.batch; ++b)
     for (int64_t k = 0; k < pixels; ++k) out.x[b * ld + k] += out.noise[b * pixels + k];
@@ -73,12 +71,14 @@ static void convert(const Problem& problem, uint64_t key, Batch& out) {
     const int64_t down = below(number(moves, 2 * b), 2 * shift + 1) - shift;
     const int64_t right = below(number(moves, 2 * b + 1), 2 * shift + 1) - shift;
     for (int64_t c = 0; c < problem.channels; ++c)
-      for (int64_t i = 0; i < side; ++i)
-        for (int64_t j = 0; j < side; ++j) {
-          const int64_t y = i + down, z = j + right;
-          const bool inside = 0 <= y && y < side && 0 <= z && z < side;
-          to[(c * side + i) * side + j] = inside ? level(image[(c * side + y) * side + z]) : 0.0f;
-        }
+      for (int64_t i = 0; i < side; ++i) {
+        const int64_t y = i + down, first = std::max<int64_t>(0, -right), last = std::min(side, side - right);
+        float* row = to + (c * side + i) * side;
+        std::fill(row, row + side, 0.0f);
+        if (y < 0 || y >= side) continue;
+        const Pixel* from = image + (c * side + y) * side + right;
+        for (int64_t j = first; j < last; ++j) row[j] = level(from[j]);
+      }
   }
 }
 

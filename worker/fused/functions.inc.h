@@ -75,6 +75,18 @@ static inline void vsincos(Vec x, Vec& sine, Vec& cosine) {
   cosine = swap ? s : c;
   sine = flip_sine ? -sine : sine;
   cosine = flip_cosine ? -cosine : cosine;
+  if (max_lanes(a) < 8192.0f) return;
   for (int l = 0; l < kLanes; ++l)
-    if (!(a[l] < 8192.0f)) sine[l] = std::sin(x[l]), cosine[l] = std::cos(x[l]);
+    if (a[l] >= 8192.0f) sine[l] = std::sin(x[l]), cosine[l] = std::cos(x[l]);
+}
+
+// to = a[0], b[0], a[1], b[1], ...
+static inline void interleave(Vec a, Vec b, float* to) {
+  Int low, high;
+  for (int l = 0; l < kLanes; ++l) {
+    low[l] = l % 2 * kLanes + l / 2;
+    high[l] = low[l] + kLanes / 2;
+  }
+  store(to, __builtin_shuffle(a, b, low));
+  store(to + kLanes, __builtin_shuffle(a, b, high));
 }
