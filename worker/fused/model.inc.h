@@ -6,7 +6,7 @@
 enum Activation : int64_t { kRelu, kRelu6, kSelu, kTanh, kSigmoid, kSilu, kSwish, kGelu, kLeakyRelu, kCos, kSin };
 
 // A value and its derivative.
-static inline void activate(int64_t kind, Vec x, Vec& y, Vec& slope) {
+PACELINE_INLINE static inline void activate(int64_t kind, Vec x, Vec& y, Vec& slope) {
   const Vec one = splat(1.0f), zero{};
   switch (kind) {
     case kRelu: y = relu(x), slope = x > 0.0f ? one : zero; return;
@@ -36,6 +36,19 @@ static inline void activate(int64_t kind, Vec x, Vec& y, Vec& slope) {
     case kCos: vsincos(x, slope, y), slope = -slope; return;
     default: vsincos(x, y, slope); return;
   }
+}
+
+// In place, with the derivatives; one loop for each function.
+static void activate_all(int64_t kind, float* z, float* slopes, int64_t count) {
+  const auto loop = [&](int64_t fixed) PACELINE_INLINE {
+    for (int64_t k = 0; k < count; k += kLanes) {
+      Vec y, slope;
+      activate(fixed, load(z + k), y, slope);
+      store(z + k, y);
+      store(slopes + k, slope);
+    }
+  };
+  kind == kRelu ? loop(kRelu) : loop(kind);
 }
 
 // What a thread computes a step of one particle with; the sizes follow from the problem.
@@ -144,12 +157,7 @@ static float loss_and_gradient(const Problem& problem, const Choices& choice, co
     float* z = work.hidden[l + 1];
     product({work.hidden[l], in, 1}, net[l].w, out, net[l].b, z, out, n, out, widths[l]);
     if (l + 1 == layers) break;
-    for (int64_t k = 0; k < n * out; k += kLanes) {
-      Vec y, slope;
-      activate(choice.activation, load(z + k), y, slope);
-      store(z + k, y);
-      store(work.slope[l + 1] + k, slope);
-    }
+    activate_all(choice.activation, z, work.slope[l + 1], n * out);
   }
   float* delta = work.delta[layers];
   const float loss = problem.loss == kReconstruction

@@ -95,7 +95,8 @@ static void for_each_run(Particle& particle, const Rule& rule, const Rows& rows,
 
 static void read_particle(const Window& window, const Rows& rows, int64_t r, Particle& particle) {
   for_each_run(particle, window.rule, rows, r, [](float* packed, int64_t step, const float* stored, int64_t count) {
-    for (int64_t k = 0; k < count; ++k) packed[k * step] = stored[k];
+    if (step == 1) std::memcpy(packed, stored, sizeof(float) * count);
+    else for (int64_t k = 0; k < count; ++k) packed[k * step] = stored[k];
   });
   particle.iteration = rows.iteration ? rows.iteration[r] : 0;
   particle.num_steps = rows.num_steps ? rows.num_steps[r] : 0;
@@ -109,7 +110,8 @@ static void read_particle(const Window& window, const Rows& rows, int64_t r, Par
 
 static void write_particle(const Window& window, const Rows& rows, int64_t r, Particle& particle) {
   for_each_run(particle, window.rule, rows, r, [](const float* packed, int64_t step, float* stored, int64_t count) {
-    for (int64_t k = 0; k < count; ++k) stored[k] = packed[k * step];
+    if (step == 1) std::memcpy(stored, packed, sizeof(float) * count);
+    else for (int64_t k = 0; k < count; ++k) stored[k] = packed[k * step];
   });
   if (rows.iteration) rows.iteration[r] = particle.iteration;
   if (rows.num_steps) rows.num_steps[r] = particle.num_steps;
