@@ -33,7 +33,7 @@ SMALL = {"kind": "image_mlp", "hidden": [4], "batch_size": 16, "image_size": 4}
 SCALED = {"kind": "reparam", "level": "global", "low": 0.1, "high": 10.0, "task": SMALL}
 CASES = {
     # rule, task, whether its pixels are bytes, horizons, steps of each window
-    "re-parametrised": (lambda: lopt.SmallFcLopt(9, step_mult=0.02), SCALED, False, (4, 25), (20,)),
+    "re-parametrised": (lambda: lopt.SmallFcLopt(9, step_mult=0.02), SCALED, False, (2, 9), (9,)),
     "few hidden units": (lambda: lopt.SmallFcLopt(2, step_mult=0.02), SMALL, False, (2, 4), (3, 2)),
     "celo": (lambda: lopt.Celo(1), SCALED, False, (1, 2), (3,)),
     "deep and wide": (
