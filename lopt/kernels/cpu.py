@@ -9,12 +9,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -35,7 +36,6 @@ _POINTERS = (
     "w0", "b0", "w1", "b1", "w2", "b2", "m_decay", "v_decay", "factored_decay", "axis_sums", "factors", "sums",
 )  # fmt: skip
 OF_NETWORK = _POINTERS.index("w0")
-NOWHERE = (0, 0)
 SLOT = np.dtype(
     [(name, np.uint64) for name in _POINTERS]
     + [(axis, np.int64) for axis in "aibjc"]
@@ -129,34 +129,29 @@ class _Slots:
     """The kernels' view of all tensors of all particles; keeps alive what the pointers point to."""
 
     def __init__(self, state: State, params: Params, grads: Params, new_state: State, new_params: Params) -> None:
-        self._geometries = [_geometry(p.shape[1:]) for p in params.values()]
-        self._particles = np.arange(next(iter(params.values())).shape[0], dtype=np.uint64)
-        shape = (len(self._particles), len(params))
-        self._words = np.zeros((*shape, SLOT.itemsize // 8), dtype=np.uint64)
+        self._frame = frame = _frame(tuple(p.shape for p in params.values()))
+        self._words = frame.words.copy()
         self._rule = _Rule()
         self._threads = torch.get_num_threads() if sum(p.numel() for p in params.values()) > SERIAL_BELOW else 1
         self._alive: list[Tensor] = []
-        self.sums = torch.empty(*shape, NUM_SUMS, dtype=torch.float64)
-
-        pointers = []
-        for (name, p), geometry in zip(params.items(), self._geometries, strict=True):
+        addresses = []
+        for name, geometry in zip(params, frame.geometries, strict=True):
             m, v, outer, inner = f"m/{name}", f"v/{name}", f"{geometry.outer}/{name}", f"{geometry.inner}/{name}"
-            pointers.append(
-                [
-                    *(self._readable(x) for x in (p, grads[name], state[m], state[v])),
-                    self._readable(state[outer]) if geometry.outer else NOWHERE,
-                    self._readable(state[inner]),
-                    *(_writable(x) for x in (new_params[name], new_state[m], new_state[v])),
-                    _writable(new_state[outer]) if geometry.outer else NOWHERE,
-                    _writable(new_state[inner]),
-                ]
-            )
-        base, stride = np.array(pointers, dtype=np.uint64).transpose(2, 0, 1)
-        self._words[..., :OF_NETWORK] = base + self._particles[:, None, None] * stride
-        self._words[..., len(_POINTERS) : len(_POINTERS) + 5] = [geometry.sizes for geometry in self._geometries]
-        flags = [(bool(geometry.outer), geometry.outer == "row") for geometry in self._geometries]
-        self._words.view(np.int32)[..., -6:-4] = flags
-        self._set_workspace()
+            addresses += [
+                *(self._readable(x) for x in (params[name], grads[name], state[m], state[v])),
+                self._readable(state[outer]) if geometry.outer else 0,
+                self._readable(state[inner]),
+                *(_writable(x) for x in (new_params[name], new_state[m], new_state[v])),
+                _writable(new_state[outer]) if geometry.outer else 0,
+                _writable(new_state[inner]),
+            ]
+        own = np.array(addresses, dtype=np.uint64).reshape(len(params), OF_NETWORK)
+        self._words[..., :OF_NETWORK] += own
+        # axis_sums (an outer and an inner vector), factors (three times that) and sums of every slot
+        self._vectors = torch.empty(frame.vectors)
+        self.sums = torch.empty(*self._words.shape[:2], NUM_SUMS, dtype=torch.float64)
+        self._words[..., len(_POINTERS) - 3 : len(_POINTERS) - 1] += np.uint64(self._vectors.data_ptr())
+        self._words[..., len(_POINTERS) - 1] += np.uint64(self.sums.data_ptr())
 
     def set_network(
         self,
@@ -173,8 +168,8 @@ class _Slots:
             self._alive.append(x)
             base, stride = _pointer(x)
             per_tensor = x.stride(1) * 4 if x.ndim > shared else 0
-            offsets = np.arange(len(self._geometries), dtype=np.uint64) * np.uint64(per_tensor)
-            self._words[..., column] = base + self._particles[:, None] * np.uint64(stride) + offsets
+            offsets = self._frame.tensors * np.uint64(per_tensor)
+            self._words[..., column] = base + self._frame.particles * np.uint64(stride) + offsets
         floats = self._words.view(np.float32)
         floats[..., -4] = (network.factor if network.factor.ndim == 2 else network.factor.unsqueeze(1)).numpy()
         floats[..., -3] = lr
@@ -195,22 +190,10 @@ class _Slots:
         slots = self._words.shape[0] * self._words.shape[1]
         found.paceline_rules_run(ctypes.byref(self._rule), phase, self._words.ctypes.data, slots, self._threads)
 
-    def _readable(self, x: Tensor) -> tuple[int, int]:
+    def _readable(self, x: Tensor) -> int:
         x = x if x.is_contiguous() else x.contiguous()
         self._alive.append(x)
-        return _pointer(x)
-
-    def _set_workspace(self) -> None:
-        """axis_sums (an outer and an inner vector), factors (three times that) and sums of every slot."""
-        sizes = np.array([geometry.vectors for geometry in self._geometries], dtype=np.uint64)
-        starts = np.cumsum(np.tile(sizes, len(self._particles)), dtype=np.uint64).reshape(-1, len(sizes)) - sizes
-        self._vectors = torch.empty(len(self._particles) * 4 * int(sizes.sum()))
-        axis_sums = self._vectors.data_ptr() + 16 * starts
-        slots = np.arange(starts.size, dtype=np.uint64).reshape(starts.shape)
-        column = len(_POINTERS) - 3
-        self._words[..., column] = axis_sums
-        self._words[..., column + 1] = axis_sums + 4 * sizes
-        self._words[..., column + 2] = self.sums.data_ptr() + 8 * NUM_SUMS * slots
+        return x.data_ptr()
 
 
 def _pointer(x: Tensor) -> tuple[int, int]:
@@ -218,10 +201,10 @@ def _pointer(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), 0 if x.shape[0] == 1 else x.stride(0) * 4
 
 
-def _writable(x: Tensor) -> tuple[int, int]:
+def _writable(x: Tensor) -> int:
     if not x.is_contiguous():
         raise ValueError(f"a parameter or accumulator of shape {tuple(x.shape)[1:]} is not contiguous")
-    return _pointer(x)
+    return x.data_ptr()
 
 
 @dataclass(frozen=True)
@@ -235,6 +218,13 @@ class _Geometry:
     outer: str
     inner: str
     vectors: int
+
+    @property
+    def bytes(self) -> tuple[int, ...]:
+        """Of one particle's p, g, m, v, outer and inner."""
+        a, i, b, j, c = self.sizes
+        n, outer, inner = 4 * a * i * b * j * c, 12 * a * i * b * c, 12 * a * b * j * c
+        return n, n, 3 * n, n, outer if self.outer else 0, inner if self.outer else 3 * n
 
     @property
     def factored(self) -> tuple[str, ...]:
@@ -252,3 +242,39 @@ def _geometry(shape: torch.Size) -> _Geometry:
     # the row lacks d0, the larger of the two axes
     outer, inner = ("row", "col") if axes[1] == j else ("col", "row")
     return _Geometry((a, shape[i], b, shape[j], c), outer, inner, a * b * c * (shape[i] + shape[j]))
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """All of the slots of P particles with T tensors that depends on shapes alone.
+
+    ``words`` (P, T, ...) hold sizes, flags, and in the place of each pointer how far from the first particle's leaf,
+    or the workspace's beginning, it points; ``vectors`` is the workspace's length in floats. ``particles`` (P, 1) and
+    ``tensors`` (T,) count.
+    """
+
+    geometries: list[_Geometry]
+    words: npt.NDArray[np.uint64]
+    vectors: int
+    particles: npt.NDArray[np.uint64]
+    tensors: npt.NDArray[np.uint64]
+
+
+@lru_cache(64)
+def _frame(shapes: tuple[torch.Size, ...]) -> _Frame:
+    """``shapes`` are those of the parameters (P, *s)."""
+    geometries = [_geometry(shape[1:]) for shape in shapes]
+    particles = np.arange(shapes[0][0], dtype=np.uint64)[:, None]
+    words = np.zeros((len(particles), len(shapes), SLOT.itemsize // 8), dtype=np.uint64)
+    reads = np.array([geometry.bytes for geometry in geometries], dtype=np.uint64)
+    strides = np.concatenate([reads, reads[:, [0, 2, 3, 4, 5]]], axis=1)
+    words[..., :OF_NETWORK] = particles[..., None] * strides
+    words[..., len(_POINTERS) : len(_POINTERS) + 5] = [geometry.sizes for geometry in geometries]
+    words.view(np.int32)[..., -6:-4] = [(bool(geometry.outer), geometry.outer == "row") for geometry in geometries]
+    lengths = np.array([geometry.vectors for geometry in geometries], dtype=np.uint64)
+    starts = np.cumsum(np.tile(lengths, len(particles)), dtype=np.uint64).reshape(-1, len(lengths)) - lengths
+    words[..., len(_POINTERS) - 3] = 16 * starts
+    words[..., len(_POINTERS) - 2] = 16 * starts + 4 * lengths
+    words[..., len(_POINTERS) - 1] = 8 * NUM_SUMS * np.arange(starts.size, dtype=np.uint64).reshape(starts.shape)
+    tensors = np.arange(len(shapes), dtype=np.uint64)
+    return _Frame(geometries, words, len(particles) * 4 * int(lengths.sum()), particles, tensors)
