@@ -25,6 +25,8 @@ from deploy.run import Run
 from deploy.status import StatusSnapshot
 from learner.checkpoints import CheckpointStore
 from learner.start import build_lopt, initial_theta
+from worker.paths import choose
+from worker.unroll import CPU
 
 
 def preflight(config: Config, console: Console) -> CheckpointStore:
@@ -34,13 +36,19 @@ def preflight(config: Config, console: Console) -> CheckpointStore:
     """
     store = CheckpointStore(config.storage.root, config.run.name, config.storage.options)
     store.check()
-    initial_theta(build_lopt(config), config)
+    rule = build_lopt(config)
+    initial_theta(rule, config)
     library = tasks.Library(config.task.data)
     distribution = tasks.TaskDistribution(config.task, library)
     for warning in distribution.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+    paths: dict[str, list[str]] = {}
     for family in distribution.families:
-        distribution.build(distribution.draw(np.random.default_rng(config.run.seed), family).static)
+        drawn = distribution.build(distribution.draw(np.random.default_rng(config.run.seed), family).static)
+        if config.cluster.worker_gpus == 0:  # which GPUs the workers have is not known here
+            paths.setdefault(choose(config.worker.path, drawn, rule, CPU, None).name, []).append(family)
+    for path, families in paths.items():
+        console.print(f"{path} path: {', '.join(families)}", markup=False, highlight=False)
     for name, task in config.evaluation.tasks.items():
         tasks.resolve_task(task.task, name, f"evaluation.tasks.{name}.task").build(library)
     return store

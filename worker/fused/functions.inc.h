@@ -29,7 +29,8 @@ static inline Vec vtanh(Vec x) {
   q = q * s + 1.18534705686654e-04f;
   q = q * s + 2.26843463243900e-03f;
   q = q * s + 4.89352518554385e-03f;
-  return y * p / q;
+  const Vec one = x < 0.0f ? splat(-1.0f) : splat(1.0f);
+  return x * x > 81.0f ? one : y * p / q;  // where it rounds to one, it is
 }
 
 static inline Vec vsigmoid(Vec x) { return 1.0f / (1.0f + vexp(-x)); }

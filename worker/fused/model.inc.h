@@ -27,9 +27,9 @@ PACELINE_INLINE static inline void activate(int64_t kind, Vec x, Vec& y, Vec& sl
     }
     case kGelu: {
       constexpr float kA = 0.7978845608028654f, kB = 0.044715f;
-      const Vec t = vtanh(kA * (x + kB * (x * x * x)));
-      y = 0.5f * x * (1.0f + t);
-      slope = 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * (kA * (1.0f + 3.0f * kB * (x * x)));
+      const Vec s = vsigmoid(2.0f * kA * (x + kB * (x * x * x)));  // (1 + tanh) / 2
+      y = x * s;
+      slope = s + 2.0f * x * (s * (1.0f - s)) * (kA * (1.0f + 3.0f * kB * (x * x)));
       return;
     }
     case kLeakyRelu: y = x > 0.0f ? x : 0.01f * x, slope = x > 0.0f ? one : splat(0.01f); return;
