@@ -29,6 +29,7 @@ from tasks import Datasets, Library, Task, generator, static_from_dict
 from tasks.data.images import ImageDataset, Pixels
 from tasks.data.text import TextDataset
 from tasks.families.image_mlp import ImageMlp, ImageMlpTask
+from worker.compiled import Compiled
 from worker.unroll import Unroll
 
 HERE = Path(__file__).parent
@@ -103,7 +104,7 @@ class Engine:
         start = time.perf_counter()
         task, rule = contest(name)
         self.theta = perturbed(rule, particles // 2)
-        self.unroll = Unroll(task, rule, particles // 2, HORIZON, ("inner_loop",), path=path)
+        self.unroll = Unroll(task, rule, particles // 2, HORIZON, ("inner_loop",), path=path, compiled=Compiled(task))
         self.particles, self.windows = self.unroll.start(), 0
         self.build_seconds = time.perf_counter() - start
         start = time.perf_counter()

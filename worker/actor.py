@@ -52,6 +52,7 @@ class Worker:
 
     def __init__(self, config: Config, rule: LearnedOptimizer, name: str, slot: int, learner: Any) -> None:
         torch.set_num_threads(1)
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")  # to Ray's log files
         self.config, self.rule, self.name, self.slot, self.learner = config, rule, name, slot, learner
         self.device = torch.device("cuda" if config.cluster.worker_gpus > 0 else "cpu")
         self.tasks = TaskDistribution(config.task, Library(config.task.data))
