@@ -89,6 +89,28 @@ def test_compiled_is_eager_in_every_family(family):
 
 
 @pytest.mark.slow
+def test_what_does_not_fit_into_the_cache_is_computed_in_pieces(monkeypatch, cache):
+    task, inputs = make(MLP, count=6)
+    whole = task.losses_and_grads(*inputs)
+    graph = compiled.traced(
+        compiled.flattened(task, *inputs), [x.contiguous() for part in inputs for x in part.values()]
+    )
+    largest = max(node.meta["val"].nbytes for node in graph.graph.nodes if node.op == "call_function")
+    expected = {largest: 6, largest - 1: 3, largest // 2 - 1: 2, largest // 6 + 1: 1, 1: 1}
+    for size, piece in expected.items():
+        monkeypatch.setattr(compiled, "CACHE_BYTES", size)
+        assert compiled._piece(graph, next(iter(inputs[0].values()))) == piece
+    monkeypatch.setattr(compiled, "CACHE_BYTES", largest // 2)
+    before = set(cache.glob("*.piece"))
+    for _ in range(2):  # the second finds it
+        out = Compiled(task, "in pieces")(*inputs)
+        torch.testing.assert_close(out.losses, whole.losses)
+        for name, grad in whole.grads.items():
+            torch.testing.assert_close(out.grads[name], grad, rtol=1e-4, atol=1e-6)
+    assert [path.read_text() for path in set(cache.glob("*.piece")) - before] == ["3"]
+
+
+@pytest.mark.slow
 def test_other_shapes_are_compiled_anew():
     task, inputs = make(MLP)
     function = Compiled(task, MLP.digest())

@@ -13,6 +13,7 @@ from tasks.families.initializers import INITIALIZERS, KINDS, draw_initializer, w
 from tasks.families.layers import (
     batch_norm,
     conv,
+    conv_as_product,
     conv_params,
     cross_entropies,
     cross_entropy,
@@ -56,6 +57,7 @@ def test_convolution_and_pooling_pad_as_tensorflow_does(height, width, kernel, s
     expected = torch.from_numpy(expected) + (b[:, None, None] if bias else 0)
     assert expected.shape == (2, 4, math.ceil(height / stride), math.ceil(width / stride))
     torch.testing.assert_close(conv(params, "a", x, stride), expected)
+    torch.testing.assert_close(conv_as_product(params, "a", x, stride), expected)
     pooled = same_windows(x.numpy() - 9, kernel, stride, -np.inf).max((-2, -1))
     torch.testing.assert_close(max_pool(x - 9, kernel, stride), torch.from_numpy(pooled))
 

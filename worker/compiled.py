@@ -6,6 +6,9 @@ rule, and never changes what is computed: compiled and eager differ by rounding.
 ``Task.losses_and_grads`` is traced with concrete shapes (augmentations, vmap and the backward pass are then nothing but
 a list of operations) and compiled ahead of time by AOTInductor to one shared library, which is loaded without Python's
 part of the compiler. One that was compiled before, by whatever process, is so there within milliseconds.
+
+Where the particles' intermediate results do not fit into a core's cache together, what is compiled is a piece of the
+particles, and the pieces are computed one after the other.
 """
 
 from __future__ import annotations
@@ -36,6 +39,9 @@ CACHE = Path("~/.cache/paceline/compiled")
 
 MOST_OPERATIONS = 1000
 """Larger graphs, such as those of recurrences over dozens of tokens, gain under a tenth and compile for minutes."""
+
+CACHE_BYTES = 1 << 20
+"""Of a core's own cache. The largest result of a piece of the particles fits into it, if that of one particle does."""
 
 Run = Callable[[list[Tensor]], list[Tensor]]
 Signature = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
@@ -100,8 +106,9 @@ class Compiled:
     def _compile(self, function: Callable[..., list[Tensor]], inputs: list[Tensor]) -> None:
         graph = None if self.identity else traced(function, inputs)
         library = folder() / f"{_key(self.identity or _text(graph), self._signature)}.so"
+        pieces = library.with_suffix(".piece")
         if library.exists():
-            self._future.set_result(_loaded(library, inputs[0].device))
+            self._future.set_result(_in_pieces(_loaded(library, inputs[0].device), int(pieces.read_text())))
             return
         too_large = library.with_suffix(".large")
         if too_large.exists():
@@ -112,8 +119,13 @@ class Compiled:
         if size > MOST_OPERATIONS:
             too_large.write_text(f"{size} operations, and at most {MOST_OPERATIONS} are compiled")
             raise TooLargeError(too_large.read_text())
+        piece = _piece(graph, inputs[0])
+        if piece < len(inputs[0]):
+            inputs = [x[:piece] for x in inputs]
+            graph = traced(function, inputs)
+        pieces.write_text(str(piece))
         with _one_thread() as pool:
-            self._future = pool.submit(_built, graph, inputs, library)
+            self._future = pool.submit(_built, graph, inputs, library, piece)
 
     def _finish(self) -> None:
         try:
@@ -177,7 +189,30 @@ def failures() -> tuple[type[Exception], ...]:
     return (*compiler, DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
 
-def _built(graph: GraphModule, inputs: list[Tensor], library: Path) -> Run:
+def _piece(graph: GraphModule, first: Tensor) -> int:
+    """How many particles to compute at once: as many as ``CACHE_BYTES`` says, and a divisor of all that there are."""
+    particles = len(first)
+    if first.device.type != "cpu":
+        return particles
+    results = [node.meta.get("val") for node in graph.graph.nodes if node.op == "call_function"]
+    largest = max(result.nbytes for result in results if isinstance(result, Tensor))
+    fitting = max(1, particles * CACHE_BYTES // largest)
+    return max(size for size in range(1, particles + 1) if particles % size == 0 and size <= fitting)
+
+
+def _in_pieces(run: Run, piece: int) -> Run:
+    """``run``, which is about ``piece`` particles, for any multiple of them."""
+
+    def every(inputs: list[Tensor]) -> list[Tensor]:
+        if len(inputs[0]) == piece:
+            return run(inputs)
+        parts = zip(*(torch.split(x, piece) for x in inputs), strict=True)
+        return [torch.cat(outs) for outs in zip(*(run(list(part)) for part in parts), strict=True)]
+
+    return every
+
+
+def _built(graph: GraphModule, inputs: list[Tensor], library: Path, piece: int) -> Run:
     """The library compiled, unless another process does or did that."""
     import torch._inductor
     from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
@@ -188,7 +223,7 @@ def _built(graph: GraphModule, inputs: list[Tensor], library: Path) -> Run:
         if not library.exists():
             made = torch._inductor.aot_compile(graph, tuple(inputs), options=options)
             os.replace(str(made), library)
-    return _loaded(library, inputs[0].device)
+    return _in_pieces(_loaded(library, inputs[0].device), piece)
 
 
 def _loaded(library: Path, device: torch.device) -> Run:

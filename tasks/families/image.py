@@ -110,6 +110,12 @@ def classifier_meta_loss(normalizer: str, classes: int) -> MetaLoss:
     return MetaLoss(math.log(2 * classes), shift=math.log(classes / 5), scale=10 / math.log(classes))
 
 
+def clipped_meta_loss(classes: int) -> MetaLoss:
+    """10 loss / log 2C, clipped to [0, 10]."""
+    worst = math.log(2 * classes)
+    return MetaLoss(worst, scale=10 / worst)
+
+
 def check_widths(field: str, widths: tuple[int, ...]) -> None:
     """Raise ConfigError unless every width of a list of layers is at least 1."""
     for index, width in enumerate(widths):

@@ -66,6 +66,22 @@ def conv(params: Params, name: str, x: Tensor, stride: int = 1) -> Tensor:
     return F.conv2d(_same(x, kernel.shape[-1], stride, 0.0), kernel, params.get(f"{name}/b"), stride)
 
 
+def conv_as_product(params: Params, name: str, x: Tensor, stride: int = 1) -> Tensor:
+    """``conv`` as one product of all windows (B, rows, columns, height * width * in) with the kernel.
+
+    Compiled faster than a convolution, of which vmap makes a grouped one, as long as the windows of a particle fit into
+    a core's cache; eagerly slower.
+    """
+    kernel = params[f"{name}/w"]
+    size, rows, columns = kernel.shape[-1], *(-(-side // stride) for side in x.shape[2:])
+    padded = _same(x, size, stride, 0.0).permute(0, 2, 3, 1)
+    reach = [slice(start, start + stride * (rows - 1) + 1, stride) for start in range(size)]
+    across = [slice(start, start + stride * (columns - 1) + 1, stride) for start in range(size)]
+    windows = torch.cat([padded[:, down, right] for down in reach for right in across], -1)
+    y = F.linear(windows, kernel.permute(0, 2, 3, 1).flatten(1), params.get(f"{name}/b"))
+    return y.permute(0, 3, 1, 2)
+
+
 def max_pool(x: Tensor, window: int, stride: int) -> Tensor:
     """(B, C, H, W) to (B, C, ceil(H / stride), ceil(W / stride)); what is outside the image counts for nothing."""
     return F.max_pool2d(_same(x, window, stride, float("-inf")), window, stride)

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from configs.schema import ConfigError, at_least
 from tasks.base import IDENTITY, Batch, Dynamic, Params, Task
 from tasks.data.library import Library
-from tasks.families.image import ImageStatic
+from tasks.families.image import ImageStatic, clipped_meta_loss
 from tasks.families.layers import cross_entropy, linear, norm_params
-from tasks.families.vit import clipped_meta_loss, embed_patches, lecun_normal, patch_params, token_norm
+from tasks.families.vit import embed_patches, lecun_normal, patch_params, token_norm
 from tasks.static import Work
 
 

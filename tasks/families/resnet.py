@@ -28,7 +28,7 @@ from tasks.base import IDENTITY, Batch, Dynamic, Params, Task
 from tasks.data.library import Library
 from tasks.families.activations import ACTIVATIONS, activate, draw_activation
 from tasks.families.draws import Pool, choice, log_integer
-from tasks.families.image import ImageStatic, MetaLoss
+from tasks.families.image import ImageStatic, clipped_meta_loss
 from tasks.families.layers import batch_norm, conv, conv_params, cross_entropy, linear, max_pool, norm_params
 from tasks.static import DYNAMIC, Work
 
@@ -157,8 +157,7 @@ class ResNetTask(Task):
         self.config = config
         self.datasets = config.images(library)
         self.batch_size = config.batch_size
-        worst = math.log(2 * config.classes)
-        self._meta_loss = MetaLoss(worst, scale=10 / worst)
+        self._meta_loss = clipped_meta_loss(config.classes)
         self.worst_loss = self._meta_loss.worst
 
     def sample_dynamic(self, generator: torch.Generator, n: int) -> Dynamic:

@@ -28,7 +28,7 @@ from tasks.base import IDENTITY, Batch, Dynamic, Params, Task
 from tasks.data.library import Library
 from tasks.families.attention import attention, attention_layers, attention_work
 from tasks.families.draws import Pool, choice, log_integer
-from tasks.families.image import ImageStatic, MetaLoss, check_below_one
+from tasks.families.image import ImageStatic, check_below_one, clipped_meta_loss
 from tasks.families.layers import cross_entropy, dropout, linear, norm_params
 from tasks.random import fold
 from tasks.static import Work
@@ -60,12 +60,6 @@ def lecun_normal(generator: torch.Generator, shape: tuple[int, ...], fan_in: int
 def token_norm(params: Params, name: str, x: Tensor) -> Tensor:
     """Each token (..., D) normalised, with flax's epsilon, which is a tenth of haiku's."""
     return F.layer_norm(x, x.shape[-1:], params[f"{name}/scale"], params[f"{name}/offset"], 1e-6)
-
-
-def clipped_meta_loss(classes: int) -> MetaLoss:
-    """10 loss / log 2C, clipped to [0, 10]."""
-    worst = math.log(2 * classes)
-    return MetaLoss(worst, scale=10 / worst)
 
 
 @dataclass(frozen=True, kw_only=True)
