@@ -413,6 +413,7 @@ mesh = init_device_mesh("cpu", (2,))
 for name in test_trace.SPREAD:
     recorded = test_trace.record_spread(name, lambda x: distribute_tensor(x, mesh, [Shard(0)]))
     recorded.save(f"{path}/{name}-{rank}.npz")
+dist.barrier()
 dist.destroy_process_group()
 """
 
