@@ -8,8 +8,7 @@ struct Network {  // one tensor's MLP, as the reference has it
   float step;  // factor of direction exp(0.001 magnitude)
 };
 
-constexpr int kSmall = 8;  // up to this many hidden units all are in registers at once
-constexpr int kUnits = 8;  // of more, this many
+constexpr int kUnits = 8;  // hidden units that are in registers at once
 
 // Rows of w0: of the columns whose values differ from element to element, in this order; then of the first "row".
 struct Layout {
@@ -146,7 +145,7 @@ PACELINE_INLINE static inline void move(const Rule& rule, const Tensor& t, const
   store(t.p + at, masked(moved, f.mask + j));
 }
 
-// Up to kSmall units: the columns are used as they come, all units at once.
+// Up to 8 units: the columns are used as they come, all units at once.
 template <int kHidden, int kWidth, bool kClip, bool kFactored>
 PACELINE_INLINE static inline void apply_block(const Rule& rule, Tensor& t, const Factors& f, const Folded& net,
                                                int64_t i, int64_t j, int64_t outer_ld, float step) {
@@ -228,7 +227,7 @@ static void apply_wide_block(const Rule& rule, Tensor& t, const Factors& f, cons
   for (int q = 0; q < kWidth; ++q) move(rule, t, f, i, j + q * kLanes, out[0][q], out[1][q], step);
 }
 
-// All elements of a tensor, kWide vectors at a time where a row has them; kHidden is 0 for more units than kSmall.
+// All elements of a tensor, kWide vectors at a time where a row has them; kHidden is 0 for more than 8 units.
 template <int kHidden, int kWide, bool kClip, bool kFactored>
 static void apply(const Rule& rule, Tensor& t, const Factors& f, const Folded& net, float step, float* hidden) {
   const int64_t outer_ld = padded(t.rows);
