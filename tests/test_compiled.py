@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from tasks.augmentations.delayed_gradient import DelayedGradient
 from tasks.families.image_conv import ImageConv
 from tasks.families.image_mlp import ImageMlp
+from tasks.families.rnn_lm import RnnLm
 from tasks.families.transformer_lm import TransformerLm
 from tests.task_laws import RandomLibrary, make_particles
 from worker import compiled
@@ -20,6 +22,7 @@ MLP = ImageMlp(hidden=(8,), image_size=4, batch_size=8)
 SLOW = {
     "image_conv": ImageConv(hidden=(4, 4), image_size=8, batch_size=4, norm="layer_norm", activation="dynamic"),
     "transformer_lm": TransformerLm(width=8, heads=1, layers=1, sequence_length=4, batch_size=2, dropout=0.1),
+    "rnn_lm": RnnLm(hidden=8, embedding=4, sequence_length=3, batch_size=2),
     "augmented": DelayedGradient(delay=2, task=MLP),
 }
 
@@ -86,6 +89,26 @@ def test_compiled_is_eager(cache):
 @pytest.mark.parametrize("family", SLOW)
 def test_compiled_is_eager_in_every_family(family):
     check(SLOW[family])
+
+
+@pytest.mark.slow
+def test_a_large_graph_is_compiled_only_where_nobody_waits_for_it(monkeypatch):
+    task, inputs = make(MLP, count=5)
+    expected = task.losses_and_grads(*inputs).losses
+    graph = compiled.traced(
+        compiled.flattened(task, *inputs), [x.contiguous() for part in inputs for x in part.values()]
+    )
+    monkeypatch.setattr(compiled, "MOST_OPERATIONS", len(graph.graph.nodes) - 1)
+    for _ in range(2):  # the second finds the count in the cache
+        waiting = Compiled(task, "large")
+        torch.testing.assert_close(waiting(*inputs).losses, expected)
+        assert waiting.refusal is not None
+        assert f"{len(graph.graph.nodes)} operations" in waiting.refusal
+    beside = Compiled(task, "large", wait=False)
+    deadline = time.monotonic() + 120
+    while beside.compile_seconds is None and time.monotonic() < deadline:
+        torch.testing.assert_close(beside(*inputs).losses, expected)
+    assert beside.refusal is None
 
 
 @pytest.mark.slow

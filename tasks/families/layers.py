@@ -56,8 +56,14 @@ def norm_params(name: str, channels: int) -> Params:
 
 def linear(params: Params, name: str, x: Tensor) -> Tensor:
     """(..., in) to (..., out)."""
-    # under vmap faster than a product and a sum, by up to a tenth where the output is wide
-    return F.linear(x, params[f"{name}/w"].T, params[f"{name}/b"])
+    return affine(x, params[f"{name}/w"], params[f"{name}/b"])
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (..., in) times ``weight`` (in, out) plus ``bias`` (out,)."""
+    # All leading dimensions as one: under vmap, where weights have particles in front, torch would make a product of
+    # its own, and a gradient of the weights, for each of them. As F.linear it is faster than a product and a sum.
+    return F.linear(x.flatten(0, -2), weight.T, bias).unflatten(0, x.shape[:-1])
 
 
 def conv(params: Params, name: str, x: Tensor, stride: int = 1) -> Tensor:

@@ -1,6 +1,7 @@
 """Recurrent cells: what their parameters are, how these start, and how a cell runs along a batch of sequences.
 
-Owns: the equations of the four cells. Must never know tokens, losses or data.
+Owns: the four cells' parameters, and which recurrence (``recurrence``) they drive how. Must never know tokens, losses
+or data.
 
 Equations, layout and initial values are dm-haiku's (recurrent.py), which the originals use, and for the identity RNN
 google/learned_optimization's tasks/rnn.py:
@@ -26,7 +27,8 @@ from torch import Tensor
 
 from tasks.base import Params
 from tasks.families.initializers import weight
-from tasks.families.layers import linear, linear_params
+from tasks.families.layers import affine, linear, linear_params
+from tasks.families.recurrence import GRU, LSTM, RELU
 
 TRUNCATED_STD = 0.87962566103423978
 """Of a standard normal cut off at two; haiku's VarianceScaling makes up for it, its Linear's default does not."""
@@ -87,41 +89,24 @@ def _start(state: Tensor, x: Tensor) -> Tensor:
 
 
 def _vanilla(params: Params, x: Tensor) -> Tensor:
-    h, recurrent = _start(params["core/h0"], x), params["core/hidden/w"]
-    states = []
-    for drive in (linear(params, "core/input", x) + params["core/hidden/b"]).unbind(1):
-        h = torch.relu(drive + h @ recurrent)
-        states.append(h)
-    return torch.stack(states, 1)
+    drives = linear(params, "core/input", x.transpose(0, 1)) + params["core/hidden/b"]
+    return RELU(drives, params["core/hidden/w"], _start(params["core/h0"], x)).transpose(0, 1)
 
 
 def _gru(params: Params, x: Tensor) -> Tensor:
-    h = _start(params["core/h0"], x)
-    size = h.shape[-1]
-    gates, candidate = params["core/hidden/w"].split_with_sizes((2 * size, size), 1)
-    drives = (x @ params["core/input/w"] + params["core/b"]).split_with_sizes((2 * size, size), -1)
-    states = []
-    for gate_drive, drive in zip(drives[0].unbind(1), drives[1].unbind(1), strict=True):
-        z, r = torch.sigmoid(gate_drive + h @ gates).chunk(2, -1)
-        h = torch.lerp(h, torch.tanh(drive + (r * h) @ candidate), z)
-        states.append(h)
-    return torch.stack(states, 1)
+    size = params["core/h0"].shape[-1]
+    weights = params["core/hidden/w"].split_with_sizes((2 * size, size), 1)
+    drives = affine(x.transpose(0, 1), params["core/input/w"], params["core/b"])
+    return GRU(*drives.split_with_sizes((2 * size, size), -1), *weights, _start(params["core/h0"], x)).transpose(0, 1)
 
 
 def _lstm(params: Params, x: Tensor) -> Tensor:
-    h, c = _start(params["core/h0"], x), _start(params["core/c0"], x)
-    size = h.shape[-1]
+    size = params["core/h0"].shape[-1]
     inward, recurrent = params["core/w"].split_with_sizes((x.shape[-1], size))
     remember = x.new_zeros(4 * size)
     remember[size : 2 * size] = 1
-    states = []
-    for drive in (x @ inward + (params["core/b"] + remember)).unbind(1):
-        gates, g = (drive + h @ recurrent).split_with_sizes((3 * size, size), -1)
-        i, f, o = torch.sigmoid(gates).chunk(3, -1)
-        c = f * c + i * torch.tanh(g)
-        h = o * torch.tanh(c)
-        states.append(h)
-    return torch.stack(states, 1)
+    drives = affine(x.transpose(0, 1), inward, params["core/b"] + remember)
+    return LSTM(drives, recurrent, *(_start(params[f"core/{name}"], x) for name in ("h0", "c0"))).transpose(0, 1)
 
 
 CELLS = {
