@@ -418,6 +418,7 @@ class Learner:
             waiting=sum(account["waiting"] for account in books.values()),
             inner_steps={family: account["inner_steps"] for family, account in books.items()},
             estimate_seconds=self._progress.seconds,
+            compile_seconds=self._progress.compile_seconds,
             meta_loss=self._progress.meta_loss,
             meta_gradient_norm=self._progress.norms,
             update_norm=self.core.update_norm,

@@ -48,6 +48,7 @@ class LearnerSnapshot:
     waiting: int = 0
     inner_steps: Mapping[str, int] = field(default_factory=dict)  # by task family
     estimate_seconds: Mapping[str, float] = field(default_factory=dict)  # worker seconds, by task family
+    compile_seconds: Mapping[str, float] = field(default_factory=dict)  # workers' compilers, by task family
     meta_loss: Mapping[str, float] = field(default_factory=dict)  # newest mean, by task family
     meta_gradient_norm: Mapping[str, float] = field(default_factory=dict)  # before normalisation, by task family
     update_norm: float = math.nan
@@ -153,6 +154,12 @@ class LearnerMetrics(Collector):
             "Seconds workers spent estimating",
             now.estimate_seconds,
             start.estimate_seconds,
+        )
+        yield self._counters(
+            "paceline_compile_seconds",
+            "Seconds workers' compilers took, or loading what was compiled before",
+            now.compile_seconds,
+            start.compile_seconds,
         )
 
     def _pool_and_checkpoints(self, now: LearnerSnapshot) -> Iterator[Metric]:

@@ -23,6 +23,7 @@ class Progress:
         self.meta_loss: dict[str, float] = {}
         self.norms: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
+        self.compile_seconds: dict[str, float] = {}
         self._accepted_at: deque[float] = deque(maxlen=100_000)
         self._recent_staleness: deque[int] = deque(maxlen=RECENT)
         self._step_staleness: Counter[int] = Counter()
@@ -36,7 +37,8 @@ class Progress:
         self._step_staleness[staleness] += 1
         self._step_losses.setdefault(family, []).append(gradient.mean_loss)
         self.norms = self.norms | {family: gradient.norm}
-        self.seconds = self.seconds | {family: self.seconds.get(family, 0.0) + gradient.seconds}
+        self.seconds = _plus(self.seconds, family, gradient.seconds)
+        self.compile_seconds = _plus(self.compile_seconds, family, gradient.compile_seconds)
 
     def stepped(self) -> dict[str, Any]:
         """Close one meta-step: its meta-loss by family and how stale its meta-gradients were, for the diary."""
@@ -61,3 +63,7 @@ class Progress:
         if not self._accepted_at:
             return 0.0
         return len(self._accepted_at) / max(now - self._accepted_at[0], 1.0)
+
+
+def _plus(totals: dict[str, float], family: str, seconds: float) -> dict[str, float]:
+    return totals | {family: totals.get(family, 0.0) + seconds}

@@ -17,7 +17,8 @@ class MetaGradient:
     """A meta-gradient of one task family, before normalisation.
 
     ``dense`` is fp32 (D,), D = ``ThetaSpec.trainable_size``; ``norm`` its L2 norm; ``mean_loss`` the mean meta-loss
-    of both sides; ``static_digest`` names the task's static configuration; ``seconds`` is the time spent on it.
+    of both sides; ``static_digest`` names the task's static configuration; ``seconds`` is the time spent on it,
+    ``compile_seconds`` how long a compiler that ended meanwhile took for its task (beside the work or within).
     ``sequence`` rises by at least one with every message of one ``worker``.
     """
 
@@ -33,6 +34,7 @@ class MetaGradient:
     norm: float
     inner_steps: int
     seconds: float
+    compile_seconds: float = 0.0
 
     def malformation(self, size: int) -> str | None:
         """Why this cannot be a meta-gradient of a theta of ``size`` numbers; None if it can."""
@@ -44,7 +46,7 @@ class MetaGradient:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 return f"{name} = {value!r:.80}: expected an integer >= 0"
-        for name in ("mean_loss", "norm", "seconds"):
+        for name in ("mean_loss", "norm", "seconds", "compile_seconds"):
             value = getattr(self, name)
             if not isinstance(value, float):
                 return f"{name} = {value!r:.80}: expected a float"

@@ -32,6 +32,7 @@ LEARNER_NAMES = {
     "paceline_staleness_versions": "histogram",
     "paceline_inner_steps_total": ("family",),
     "paceline_estimate_seconds_total": ("family",),
+    "paceline_compile_seconds_total": ("family",),
     "paceline_meta_gradient_norm": ("family",),
     "paceline_update_norm": (),
     "paceline_workers_desired": (),
@@ -123,8 +124,9 @@ def test_learner_values_reach_their_own_names():
     holder[0] = LearnerSnapshot(
         version=11, incarnation=0, received={"digits": 22}, applied={"digits": 13}, waiting=3,
         dropped={("digits", "stale"): 6}, inner_steps={"digits": 1000}, estimate_seconds={"digits": 2.5},
-        meta_loss={"digits": 1.25}, meta_gradient_norm={"digits": 7.0}, update_norm=0.125, workers_desired=5,
-        workers_alive=4, workers_replaced=2, checkpoints=9, checkpoint_timestamp=1.7e9, paused=True,
+        compile_seconds={"digits": 7.5}, meta_loss={"digits": 1.25}, meta_gradient_norm={"digits": 7.0},
+        update_norm=0.125, workers_desired=5, workers_alive=4, workers_replaced=2,
+        checkpoints=9, checkpoint_timestamp=1.7e9, paused=True,
     )  # fmt: skip
     found = read(metrics)
     assert {name: value for (name, labels), value in found.items() if labels in ((), ("digits",))} | {
@@ -140,6 +142,7 @@ def test_learner_values_reach_their_own_names():
         "paceline_meta_gradients_waiting": 3,
         "paceline_inner_steps_total": 1000,
         "paceline_estimate_seconds_total": 2.5,
+        "paceline_compile_seconds_total": 7.5,
         "paceline_meta_gradient_norm": 7,
         "paceline_update_norm": 0.125,
         "paceline_workers_desired": 5,
@@ -211,7 +214,8 @@ def snapshot_at(total, incarnation):
     return LearnerSnapshot(
         version=total, incarnation=incarnation, received={"digits": 2 * total}, applied={"digits": total},
         dropped={("digits", "stale"): total}, inner_steps={"digits": 10 * total},
-        estimate_seconds={"digits": float(total)}, workers_replaced=total, checkpoints=total,
+        estimate_seconds={"digits": float(total)}, compile_seconds={"digits": 3.0 * total},
+        workers_replaced=total, checkpoints=total,
     )  # fmt: skip
 
 
@@ -223,6 +227,7 @@ def snapshot_series(total):
         ("paceline_meta_gradients_dropped_total", ("digits", "stale")): total,
         ("paceline_inner_steps_total", ("digits",)): 10 * total,
         ("paceline_estimate_seconds_total", ("digits",)): total,
+        ("paceline_compile_seconds_total", ("digits",)): 3 * total,
         ("paceline_workers_replaced_total", ()): total,
         ("paceline_checkpoints_total", ()): total,
     }

@@ -134,6 +134,7 @@ class Worker:
                     norm=float(turn.estimate.gradient.norm()),
                     inner_steps=turn.estimate.inner_steps,
                     seconds=time.perf_counter() - start,
+                    compile_seconds=turn.compile_seconds,
                 )
             )
         return gradients

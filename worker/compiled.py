@@ -63,13 +63,13 @@ class Compiled:
     whether the first calls wait for the compiler, so that all numbers of a run have the same rounding, or are computed
     in eager torch meanwhile.
 
-    ``compile_seconds``: how long the last compilation took (or loading, if there was nothing to compile); None before.
+    ``compile_seconds``: how long compilations (or loading, where there was nothing to compile) have taken so far.
     ``refusal``: why everything is computed in eager torch; None if it is not.
     """
 
     def __init__(self, task: Task, identity: str | None = None, wait: bool = True) -> None:
         self.task, self.identity, self.wait = task, identity, wait
-        self.compile_seconds: float | None = None
+        self.compile_seconds = 0.0
         self.refusal: str | None = None
         self._signature: Signature = ()
         self._future: Future[Run] = Future()
@@ -141,8 +141,9 @@ class Compiled:
         except failures() as error:
             self.refusal = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             _say_once(f"losses and gradients in eager torch, not compiled: {self.refusal}")
-        self.compile_seconds = time.perf_counter() - self._begun
-        log.info("losses and gradients of %s: ready in %.1f s", type(self.task).__name__, self.compile_seconds)
+        seconds = time.perf_counter() - self._begun
+        self.compile_seconds += seconds
+        log.info("losses and gradients of %s: ready in %.1f s", type(self.task).__name__, seconds)
 
 
 def flattened(

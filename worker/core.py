@@ -25,11 +25,12 @@ log = logging.getLogger(__name__)
 
 
 class Turn(NamedTuple):
-    """One estimate and the task it belongs to."""
+    """One estimate, the task it belongs to, and how long the task's compiler took meanwhile."""
 
     family: str
     static_digest: str
     estimate: Estimate
+    compile_seconds: float
 
 
 @dataclass
@@ -40,6 +41,7 @@ class _Slot:
     drawn_at: int
     family: str
     static_digest: str
+    compiled: Compiled
     estimator: GradientEstimator
     state: EstimatorState
 
@@ -75,11 +77,13 @@ class WorkerCore:
         if slot is None:
             slot = self._slots[index] = self._draw(index, 0, version)
         slot.estimator.unroll.horizon = horizon_at(self.config, version)
+        compiled_before = slot.compiled.compile_seconds
         estimate, slot.state = slot.estimator.estimate(theta, slot.state)
+        compiling = slot.compiled.compile_seconds - compiled_before
         self.turns += 1
         if self._resampled():
             self._slots[index] = self._draw(index, slot.draws + 1, version)
-        return Turn(slot.family, slot.static_digest, estimate)
+        return Turn(slot.family, slot.static_digest, estimate, compiling)
 
     def snapshot(self) -> bytes:
         """Everything that the next estimate depends on besides theta, as safetensors."""
@@ -124,4 +128,4 @@ class WorkerCore:
         unroll = Unroll(task, self.lopt, self.config.num_tasks, horizon, key, self.device, self.path, compiled)
         log.info("task %s is computed by the %s path", draw.family, unroll.path.name)
         estimator = build(unroll, self.config)
-        return _Slot(draws, version, draw.family, draw.static.digest(), estimator, estimator.init())
+        return _Slot(draws, version, draw.family, draw.static.digest(), compiled, estimator, estimator.init())
