@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 import lopt
-from configs.schema import ConfigError, DataConfig
+from configs.checks import ConfigError
+from configs.schema import DataConfig
 from lopt import kernels
 from tasks import Datasets, Library, Task, generator, static_from_dict
 from tasks.data.images import ImageDataset, Pixels

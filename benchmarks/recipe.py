@@ -29,7 +29,8 @@ from matplotlib.figure import Figure
 
 import lopt
 import tasks
-from configs.schema import Config, ConfigError, DataConfig
+from configs.checks import ConfigError
+from configs.schema import Config, DataConfig
 from deploy.config import from_yaml
 from deploy.results import read_journal
 from evaluator.actor import read_results, result_path, yardstick_path

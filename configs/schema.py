@@ -9,15 +9,24 @@ Each dataclass checks itself and raises ``ConfigError`` that names field, value 
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from itertools import pairwise
 from typing import Any
 
-CLIENT_OPTIONS = ("endpoint_url", "region", "anon")
+from configs.checks import (
+    ConfigError,
+    ascending,
+    at_least,
+    below_one,
+    client_options,
+    did_you_mean,
+    label,
+    location,
+    one_of,
+    positive,
+    split_text,
+)
+
 MISSING = ("error", "skip")
 RANGES = ("paper", "code")
 ESTIMATORS = ("pes", "nres", "gpes", "truncated_es", "full_es", "backprop", "truncated_backprop")
@@ -28,88 +37,6 @@ META_OPTIMIZERS = ("adam", "adamw")
 NORMALIZATIONS = ("unit", "none")
 MODES = ("async", "sync")
 PATHS = ("auto", "fused", "generic", "reference")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; ``str()`` is one paragraph for the user."""
-
-    def __init__(self, field: str, value: object, expected: str) -> None:
-        super().__init__(field, value, expected)  # as given, so that it crosses process boundaries unharmed
-        self.field = field
-        self.value = value
-        self.expected = expected
-
-    def __str__(self) -> str:
-        return f"{self.field} = {self.value!r}: expected {self.expected}"
-
-
-def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for a near miss, else an empty string."""
-    close = get_close_matches(str(name), list(choices), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def one_of(field: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ConfigError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ConfigError(field, value, f"one of {', '.join(choices)}{did_you_mean(value, choices)}")
-
-
-def at_least(field: str, value: float, minimum: float) -> None:
-    """Raise ConfigError unless ``value`` is finite and at least ``minimum``."""
-    if not minimum <= value < math.inf:
-        raise ConfigError(field, value, f"a number >= {minimum}")
-
-
-def positive(field: str, value: float) -> None:
-    """Raise ConfigError unless ``value`` is finite and above zero."""
-    if not 0 < value < math.inf:
-        raise ConfigError(field, value, "a number > 0")
-
-
-def _below_one(field: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ConfigError(field, value, "a number in [0, 1)")
-
-
-def _name(field: str, value: str) -> None:
-    """Names of families, evaluation tasks and suites: they become metric labels and parts of file names."""
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,63}", value):
-        raise ConfigError(field, value, "names of 1 to 64 letters, digits, dashes or underscores, a letter first")
-
-
-def _location(field: str, value: str) -> None:
-    """A path or URL. One with credentials is refused (and not repeated): configurations are stored and shown."""
-    if re.search(r"://[^/]*@", value):
-        raise ConfigError(field, "<not shown>", "a URL without credentials (they come from the environment)")
-    if not value.strip():
-        raise ConfigError(field, value, "a path or URL")
-
-
-def split_text(field: str, text: str) -> tuple[str, str]:
-    """The corpus and the vocabulary of ``corpus/vocabulary``; either may hold slashes of its own."""
-    found = re.fullmatch(r"(.+)/(bytes|32k|(?:bpe|sentencepiece):.+)", text)
-    if found is None:
-        expected = "corpus/vocabulary, for example pydoc/bytes, lm1b/32k or text:a.txt/bpe:tokenizer.json"
-        raise ConfigError(field, text, expected)
-    return found[1], found[2]
-
-
-def _client_options(options: dict[str, Any]) -> None:
-    """The options of an fsspec client that a configuration may hold."""
-    for name, value in options.items():
-        if name not in CLIENT_OPTIONS:  # the value may be a secret
-            known = f"one of {', '.join(CLIENT_OPTIONS)}{did_you_mean(name, CLIENT_OPTIONS)}"
-            raise ConfigError(f"options.{name}", "<not shown>", f"{known}; secrets come from the environment")
-        if type(value) is not (bool if name == "anon" else str):
-            raise ConfigError(f"options.{name}", "<not shown>", "true or false" if name == "anon" else "text")
-    _location("options.endpoint_url", options.get("endpoint_url", "default"))
-
-
-def _ascending(field: str, versions: list[int]) -> None:
-    """The points of a schedule, in order."""
-    if any(later <= earlier for earlier, later in pairwise(versions)):
-        raise ConfigError(field, versions, "versions that ascend")
 
 
 @dataclass(frozen=True)
@@ -127,7 +54,7 @@ class RunConfig:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name):
             expected = "1 to 64 letters, digits, dots, dashes or underscores, a letter or digit first"
             raise ConfigError("name", self.name, expected)
-        _location("log_dir", self.log_dir)
+        location("log_dir", self.log_dir)
         one_of("mode", self.mode, MODES)
         if not 0 <= self.seed < 2**63:
             raise ConfigError("seed", self.seed, "a whole number from 0 to 2**63 - 1")
@@ -151,9 +78,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.root is not None:
-            _location("root", self.root)
-        _location("cache", self.cache)
-        _client_options(self.options)
+            location("root", self.root)
+        location("cache", self.cache)
+        client_options(self.options)
         one_of("missing", self.missing, MISSING)
 
 
@@ -246,7 +173,7 @@ class TaskConfig:
         if not self.families:
             raise ConfigError("families", {}, "at least one task family")
         for name in self.families:
-            _name("families", name)
+            label("families", name)
         one_of("ranges", self.ranges, RANGES)
         if self.slots is not None:
             at_least("slots", self.slots, 1)
@@ -254,7 +181,7 @@ class TaskConfig:
             raise ConfigError("resample", self.resample, "a probability from 0 to 1")
         for text in self.texts:
             split_text("texts", text)
-        _ascending("size_schedule", [point.version for point in self.size_schedule])
+        ascending("size_schedule", [point.version for point in self.size_schedule])
         if self.size_schedule and not self.time.max_seconds:
             raise ConfigError("size_schedule", self.size_schedule, "time.max_seconds, which it would scale")
 
@@ -272,7 +199,7 @@ class LoptConfig:
 
     def __post_init__(self) -> None:
         if self.init_from is not None:
-            _location("init_from", self.init_from)
+            location("init_from", self.init_from)
         elif self.name == "celo" and self.arguments.get("phase") == 2:
             expected = "a phase 1 checkpoint, because phase 2 learns a schedule for an update rule that exists"
             raise ConfigError("init_from", None, expected)
@@ -341,7 +268,7 @@ class EstimatorConfig:
         at_least("window", self.window, 1)
         at_least("horizon_low", self.horizon_low, 1)
         at_least("horizon_high", self.horizon_high, self.horizon_low)
-        _ascending("horizon_schedule", [point.version for point in self.horizon_schedule])
+        ascending("horizon_schedule", [point.version for point in self.horizon_schedule])
         self._check_objective()
         self._check_perturbations()
 
@@ -400,8 +327,8 @@ class MetaOptimizerConfig:
         one_of("name", self.name, META_OPTIMIZERS)
         one_of("normalize", self.normalize, NORMALIZATIONS)
         positive("learning_rate", self.learning_rate)
-        _below_one("beta1", self.beta1)
-        _below_one("beta2", self.beta2)
+        below_one("beta1", self.beta1)
+        below_one("beta2", self.beta2)
         positive("eps", self.eps)
         at_least("weight_decay", self.weight_decay, 0)
         if self.name == "adam" and self.weight_decay > 0:
@@ -479,8 +406,8 @@ class StorageConfig:
         at_least("every", self.every, 1)
         at_least("keep_last", self.keep_last, 1)
         at_least("keep_every", self.keep_every, 1)
-        _location("root", self.root)
-        _client_options(self.options)
+        location("root", self.root)
+        client_options(self.options)
 
 
 @dataclass(frozen=True)
@@ -510,9 +437,9 @@ class EvaluationConfig:
     final_seconds: float = 120.0
 
     def __post_init__(self) -> None:
-        _name("suite", self.suite)
+        label("suite", self.suite)
         for name in self.tasks:
-            _name("tasks", name)
+            label("tasks", name)
         at_least("seeds", self.seeds, 1)
         at_least("every", self.every, 1)
         positive("final_seconds", self.final_seconds)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from configs.schema import ConfigError
+from configs.checks import ConfigError
 from deploy.data import data_app
 from deploy.tasks import tasks_app
 

@@ -17,7 +17,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from configs.schema import ClusterConfig, ConfigError
+from configs.checks import ConfigError
+from configs.schema import ClusterConfig
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -24,7 +24,8 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from configs.schema import Config, ConfigError, EvaluationConfig, LoptConfig, TaskConfig, did_you_mean
+from configs.checks import ConfigError, did_you_mean
+from configs.schema import Config, EvaluationConfig, LoptConfig, TaskConfig
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _PRIVATE = re.compile(r"(storage|data)\.options|secret|token|password|credential|(^|[\W_])key\b", re.IGNORECASE)

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from configs.schema import did_you_mean
+from configs.checks import did_you_mean
 from deploy.control_server import CONTROL_FILE
 from deploy.credentials import CredentialsError, load
 from deploy.status import StatusSnapshot, decode

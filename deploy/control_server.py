@@ -19,7 +19,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from configs.schema import ConfigError
+from configs.checks import ConfigError
 from deploy.credentials import Credentials, same_token
 from deploy.status import RunState, StatusSnapshot, encode
 from protos.control.v1 import control_pb2, control_pb2_grpc

@@ -16,7 +16,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from configs.schema import RANGES, ConfigError, DataConfig, did_you_mean, one_of, split_text
+from configs.checks import ConfigError, did_you_mean, one_of, split_text
+from configs.schema import RANGES, DataConfig
 
 if TYPE_CHECKING:
     from tasks.families.draws import Pool

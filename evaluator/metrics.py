@@ -20,7 +20,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from configs.schema import ConfigError
+from configs.checks import ConfigError
 
 CRITERIA = ("final_loss", "speedup")
 EVALUATION_SECONDS_BUCKETS = (0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from configs.schema import did_you_mean
+from configs.checks import did_you_mean
 
 DIGITS = 6  # significant digits of a stored loss: more than float32 training reproduces across machines
 

@@ -24,7 +24,8 @@ import safetensors.torch
 import torch
 
 import lopt
-from configs.schema import Config, ConfigError
+from configs.checks import ConfigError
+from configs.schema import Config
 from learner.checkpoints import Checkpoint, CheckpointStore, DamagedCheckpointError, FencedError, Owner, StoreError
 from learner.core import OTHER_FAMILY, REASONS, LearnerCore, MetaStepError, Verdict
 from learner.journal import Journal

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 
 import lopt
-from configs.schema import Config, ConfigError
+from configs.checks import ConfigError
+from configs.schema import Config
 
 STAGES = {"phase"}
 """Arguments that say which part of theta is trained. All others say what theta means."""

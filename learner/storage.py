@@ -23,7 +23,7 @@ from typing import Any
 
 import fsspec
 
-from configs.schema import CLIENT_OPTIONS, did_you_mean
+from configs.checks import CLIENT_OPTIONS, did_you_mean
 
 SCHEMES = ("file", "s3", "memory")
 REQUEST_SECONDS = 120  # for one operation with all its retries; a big blob on a slow line still fits

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from configs.schema import ConfigError
+from configs.checks import ConfigError
 from lopt import kernels, recurrent, schedule
 from lopt.accumulators import fixed_decays, init_accumulators
 from lopt.base import Argument, Params, State, Theta, ThetaEntry, ThetaSpec

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from configs.schema import one_of
+from configs.checks import one_of
 from lopt import chunked
 from lopt.accumulators import (
     ADAFACTOR_DECAYS,

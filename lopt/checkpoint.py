@@ -15,7 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from configs.schema import did_you_mean
+from configs.checks import did_you_mean
 from lopt.base import Argument, LearnedOptimizer, Theta, ThetaError
 from lopt.celo import Celo
 from lopt.celo2 import Celo2

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from configs.schema import at_least
+from configs.checks import at_least
 from lopt.accumulators import as_vector, decayed
 from lopt.base import Argument, LearnedOptimizer, Params, State, Theta, ThetaSpec
 from lopt.features import TIMESCALES, init_weights, mlp, mlp_entries, mlp_layers, step, time_features

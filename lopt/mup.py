@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.schema import did_you_mean
+from configs.checks import did_you_mean
 
 Base = nn.Module | Mapping[str, Sequence[int]]
 """A model of the base's width, or the shapes of its parameters by name."""

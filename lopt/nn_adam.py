@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from configs.schema import at_least
+from configs.checks import at_least
 from lopt.accumulators import align, as_vector, decayed
 from lopt.base import Argument, LearnedOptimizer, Params, State, Theta, ThetaEntry, ThetaSpec
 from lopt.features import clipped_log, init_weights, moments

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from configs.schema import at_least, positive
+from configs.checks import at_least, positive
 from lopt import kernels
 from lopt.accumulators import DECAYS, init_accumulators, learned_decays
 from lopt.base import Argument, Params, State, Theta, ThetaEntry, ThetaSpec

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from configs.schema import at_least, one_of
+from configs.checks import at_least, one_of
 from lopt import chunked, features, kernels
 from lopt.accumulators import (
     DECAYS,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from configs.schema import at_least
+from configs.checks import at_least
 from lopt import kernels, loss_features, recurrent, trace
 from lopt.accumulators import as_vector, fixed_decays, init_accumulators, safe_rsqrt
 from lopt.base import Argument, Params, State, Theta, ThetaEntry, ThetaSpec

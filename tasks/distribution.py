@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from configs.schema import ConfigError, FamilyConfig, TaskConfig, did_you_mean, split_text
+from configs.checks import ConfigError, did_you_mean, split_text
+from configs.schema import FamilyConfig, TaskConfig
 from tasks.augmentations import apply_augmentation
 from tasks.base import Task
 from tasks.data.library import Library

@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from configs.schema import ConfigError, did_you_mean
+from configs.checks import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from tasks.base import Task
@@ -53,7 +53,7 @@ class StaticConfig(ABC):
     """What a task is compiled for: frozen, hashable, printable, serialisable.
 
     A concrete subclass is declared ``class ImageMlp(StaticConfig, kind="image_mlp")`` and checks itself in
-    ``__post_init__`` with ``configs.schema``'s checks (ConfigError with the field's name).
+    ``__post_init__`` with ``configs.checks`` (ConfigError with the field's name).
     """
 
     kind: ClassVar[str]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from configs.schema import ConfigError, did_you_mean
+from configs.checks import ConfigError, did_you_mean
 
 
 def _joined(prefix: str, endings: str | Iterable[object]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tasks.families  # noqa: F401  # so that every kind of static config is known
-from configs.schema import ConfigError
+from configs.checks import ConfigError
 from tasks.augmentations import AUGMENTATIONS, apply_augmentation, augment, check_augmentations
 from tasks.augmentations.augmented import innermost
 from tasks.augmentations.bfloat16 import Bfloat16

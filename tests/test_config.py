@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import schema
-from configs.schema import Config, ConfigError
+from configs.checks import ConfigError
+from configs.schema import Config
 from deploy.config import from_yaml, group_options, load, to_dict, to_yaml
 from tasks.families.image_mlp import ImageMlp
 

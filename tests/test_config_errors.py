@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 import deploy.config
-from configs.schema import Config, ConfigError
+from configs.checks import ConfigError
+from configs.schema import Config
 from deploy.config import from_yaml, load, to_dict
 
 MLP32 = "task.families.digits_mlp32.task"

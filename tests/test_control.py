@@ -13,7 +13,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from configs.schema import ConfigError
+from configs.checks import ConfigError
 from deploy import control_client, control_server, credentials
 from deploy.control_client import ControlRefused, ControlUnavailable
 from deploy.status import (

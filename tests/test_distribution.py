@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import tasks
-from configs.schema import ConfigError, DataConfig, FamilyConfig, TaskConfig, TimeConfig
+from configs.checks import ConfigError
+from configs.schema import DataConfig, FamilyConfig, TaskConfig, TimeConfig
 from deploy.config import load
 from tasks import distribution
 from tasks.augmentations.augmented import innermost

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import lopt
 import tasks
-from configs.schema import ConfigError, DataConfig
+from configs.checks import ConfigError
+from configs.schema import DataConfig
 from tests.quadratic import Gd, Parabola
 from worker import fused
 from worker.unroll import Unroll

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from configs.schema import ConfigError, DataConfig
+from configs.checks import ConfigError
+from configs.schema import DataConfig
 from tasks.data.library import Library
 from tasks.families.activations import ACTIVATIONS
 from tasks.families.draws import RANGES, Pool

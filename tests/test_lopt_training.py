@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import ConfigError
+from configs.checks import ConfigError
 from tasks.augmentations.bfloat16 import Bfloat16
 from tasks.augmentations.es_gradient import EsGradient
 from tasks.families.draws import Pool

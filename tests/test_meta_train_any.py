@@ -11,7 +11,8 @@ import yaml
 
 import lopt
 import tasks
-from configs.schema import Config, ConfigError
+from configs.checks import ConfigError
+from configs.schema import Config
 from deploy.config import from_yaml, group_options, load, to_dict
 from learner.core import LearnerCore, Verdict
 from learner.start import build_lopt, initial_theta

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from configs.schema import ConfigError
+from configs.checks import ConfigError
 from evaluator.metrics import CriterionScores, EvaluatorMetrics, EvaluatorSnapshot
 from learner.metrics import LearnerMetrics, LearnerSnapshot
 

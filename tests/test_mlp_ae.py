@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import ConfigError, DataConfig
+from configs.checks import ConfigError
+from configs.schema import DataConfig
 from tasks.data.library import Library
 from tasks.families.draws import RANGES, Pool
 from tasks.families.mlp_ae import MlpAe, draw

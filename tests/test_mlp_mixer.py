@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from configs.schema import ConfigError
+from configs.checks import ConfigError
 from tasks.families.mlp_mixer import MlpMixer
 from tasks.fixed.mlp_mixer import TASKS
 from tasks.keys import generator

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from configs.schema import ConfigError, DataConfig
+from configs.checks import ConfigError
+from configs.schema import DataConfig
 from tasks.data.library import Library
 from tasks.families.draws import RANGES, Pool
 from tasks.families.mlp_vae import MlpVae, divergence, draw, quantized_normal

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import lopt
-from configs.schema import ConfigError, EstimatorConfig, SigmaConfig
+from configs.checks import ConfigError
+from configs.schema import EstimatorConfig, SigmaConfig
 from deploy.config import load
 from tests.quadratic import Gd, Parabola
 from tests.tiny_mlp import TinyMlp

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lopt
-from configs.schema import ConfigError
+from configs.checks import ConfigError
 from deploy.config import from_yaml, load, to_yaml
 from evaluator.results import TaskResult
 from learner.checkpoints import CheckpointStore, Owner

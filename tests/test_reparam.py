@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import ConfigError
+from configs.checks import ConfigError
 from tasks.augmentations.reparam import LEVELS, Reparam
 from tasks.families.image_mlp import ImageMlp
 from tasks.keys import generator

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import ConfigError, DataConfig
+from configs.checks import ConfigError
+from configs.schema import DataConfig
 from tasks.data import Library
 from tasks.families.draws import Pool
 from tasks.families.rnn_cells import CELLS

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.schema import ConfigError, at_least
+from configs.checks import ConfigError, at_least
 from tasks.static import KINDS, StaticConfig, Work, static_from_dict, static_from_json
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import tasks.fixed
-from configs.schema import ConfigError
+from configs.checks import ConfigError
 from deploy.config import load
 from tasks.augmentations import AUGMENTATIONS
 from tasks.data.catalogue import CATALOGUE

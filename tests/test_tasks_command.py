@@ -233,7 +233,7 @@ def test_a_file_that_is_no_task_is_refused(tmp_path):
 
 def test_what_never_fits_is_given_up(monkeypatch):
     monkeypatch.setattr("deploy.tasks.TRIES", 3)
-    from configs.schema import ConfigError
+    from configs.checks import ConfigError
 
     def impossible(rng, pool):
         raise ConfigError("patch_size", 8, "at most 4")

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import ConfigError, DataConfig
+from configs.checks import ConfigError
+from configs.schema import DataConfig
 from tasks.data import corpora, text
 from tasks.data.corpora import open_corpus
 from tasks.data.files import DataRoot

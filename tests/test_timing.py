@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import ConfigError
+from configs.checks import ConfigError
 from tasks.augmentations.es_gradient import EsGradient
 from tasks.augmentations.reduced_batch import ReducedBatch
 from tasks.augmentations.reparam import Reparam

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from configs.schema import ConfigError
+from configs.checks import ConfigError
 from lopt import kernels
 from lopt.base import LearnedOptimizer, Params, Theta
 from tasks import Batch, Dynamic, Task, TaskState

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configs.schema import at_least, one_of
+from configs.checks import at_least, one_of
 from lopt.base import Argument, State
 from lopt.celo2 import newton_schulz
 from lopt.hand_designed.elementwise import BETAS, AdamW

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from configs.schema import did_you_mean
+from configs.checks import did_you_mean
 from lopt.accumulators import align, as_vector
 from lopt.base import Argument, LearnedOptimizer, Params, State, Theta, ThetaEntry, ThetaError, ThetaSpec
 

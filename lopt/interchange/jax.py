@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from configs.schema import did_you_mean
+from configs.checks import did_you_mean
 from lopt.base import Argument, LearnedOptimizer, Theta, ThetaError
 from lopt.checkpoint import ARCHITECTURES, CheckpointError
 

@@ -18,7 +18,7 @@ from typing import Any
 import fsspec
 import fsspec.core
 
-from configs.schema import did_you_mean
+from configs.checks import did_you_mean
 from lopt.base import Argument, LearnedOptimizer, Theta, ThetaError
 from lopt.checkpoint import ARCHITECTURES, KEY, CheckpointError, decode, unpack
 from lopt.interchange import flax, hub, pylo

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import ConfigError, did_you_mean
+from configs.checks import ConfigError, did_you_mean
 from tasks.augmentations.augmented import AugmentedStatic
 from tasks.augmentations.bfloat16 import Bfloat16
 from tasks.augmentations.delayed_gradient import DelayedGradient

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from configs.schema import at_least
+from configs.checks import at_least
 from tasks.augmentations.augmented import AugmentedStatic, AugmentedTask, align
 from tasks.base import IDENTITY, Batch, Dynamic, LossesAndGrads, Params, Task, TaskState
 from tasks.data.library import Library

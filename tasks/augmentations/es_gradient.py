@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from configs.schema import at_least, positive
+from configs.checks import at_least, positive
 from tasks.augmentations.augmented import AugmentedStatic, AugmentedTask, as_params
 from tasks.base import IDENTITY, Batch, Dynamic, LossesAndGrads, Params, Task, TaskState
 from tasks.data.library import Library

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from configs.schema import ConfigError
+from configs.checks import ConfigError
 from tasks.augmentations.augmented import AugmentedStatic, innermost
 from tasks.base import Task
 from tasks.data.library import Library

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from configs.schema import at_least, one_of, positive
+from configs.checks import at_least, one_of, positive
 from tasks.augmentations.augmented import AugmentedStatic, AugmentedTask, align
 from tasks.base import IDENTITY, Batch, Dynamic, LossesAndGrads, Params, Task, TaskState
 from tasks.data.library import Library

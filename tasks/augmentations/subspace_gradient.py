@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from configs.schema import at_least
+from configs.checks import at_least
 from tasks.augmentations.augmented import AugmentedStatic, GradientTask
 from tasks.base import Task
 from tasks.data.library import Library

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from configs.schema import did_you_mean
+from configs.checks import did_you_mean
 from tasks.errors import DataError
 
 OWN_IMAGES = ("folder", "idx", "npz", "parquet")

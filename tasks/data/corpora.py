@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from configs.schema import did_you_mean
+from configs.checks import did_you_mean
 from tasks.data.catalogue import CATALOGUE
 from tasks.data.files import DataRoot, File, reaching
 from tasks.data.store import digest

@@ -31,7 +31,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from configs.schema import DataConfig, at_least
+from configs.checks import at_least
+from configs.schema import DataConfig
 from tasks.base import Batch, Dataset, Datasets
 from tasks.data.corpora import END, Corpus, Stream, open_corpus
 from tasks.data.files import DataRoot

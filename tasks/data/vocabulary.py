@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from configs.schema import did_you_mean
+from configs.checks import did_you_mean
 from tasks.data.files import DataRoot
 from tasks.data.store import Cache, digest
 from tasks.errors import DataError

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from configs.schema import ConfigError, at_least
+from configs.checks import ConfigError, at_least
 from tasks.data.catalogue import channels, num_classes, own_kind
 from tasks.errors import DataError
 from tasks.static import StaticConfig

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.schema import ConfigError, at_least, one_of
+from configs.checks import ConfigError, at_least, one_of
 from tasks.base import IDENTITY, Batch, Dynamic, Params, Task
 from tasks.data.library import Library
 from tasks.families.activations import ACTIVATIONS, activate, draw_activation

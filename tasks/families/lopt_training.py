@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from configs.schema import ConfigError, at_least, one_of, positive
+from configs.checks import ConfigError, at_least, one_of, positive
 from tasks.base import Task
 from tasks.data.library import Library
 from tasks.families import image_mlp

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.schema import ConfigError, one_of
+from configs.checks import ConfigError, one_of
 from tasks.base import IDENTITY, Batch, Dynamic, Params, Task
 from tasks.data.library import Library
 from tasks.families.activations import ACTIVATIONS, draw_activation

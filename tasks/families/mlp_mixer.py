@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configs.schema import ConfigError, at_least
+from configs.checks import ConfigError, at_least
 from tasks.base import IDENTITY, Batch, Dynamic, Params, Task
 from tasks.data.library import Library
 from tasks.families.image import ImageStatic, clipped_meta_loss

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.schema import at_least, one_of
+from configs.checks import at_least, one_of
 from tasks.base import IDENTITY, Batch, Dynamic, Params, Task
 from tasks.data.library import Library
 from tasks.families.activations import ACTIVATIONS, draw_activation

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configs.schema import ConfigError, at_least, one_of
+from configs.checks import ConfigError, at_least, one_of
 from tasks.base import IDENTITY, Batch, Dynamic, Params, Task
 from tasks.data.library import Library
 from tasks.families.activations import ACTIVATIONS, activate, draw_activation

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configs.schema import at_least, one_of
+from configs.checks import at_least, one_of
 from tasks.base import IDENTITY, Batch, Datasets, Dynamic, Params
 from tasks.data import Library
 from tasks.families.draws import Pool, choice, log_integer

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from configs.schema import one_of
+from configs.checks import one_of
 from tasks.base import Dynamic
 from tasks.static import DYNAMIC
 

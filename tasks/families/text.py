@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from configs.schema import ConfigError, at_least, one_of
+from configs.checks import ConfigError, at_least, one_of
 from tasks.base import IDENTITY, Batch, Datasets, Dynamic, Params, Task
 from tasks.data.corpora import NAMES, OWN_TEXTS
 from tasks.data.vocabulary import BYTES_SIZE, RESERVED, T5_SIZE

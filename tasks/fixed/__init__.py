@@ -5,7 +5,7 @@ Owns: the one table of them. Must never change what a module of the folder says.
 
 from __future__ import annotations
 
-from configs.schema import ConfigError, did_you_mean
+from configs.checks import ConfigError, did_you_mean
 from tasks.fixed import (
     embedded,
     es_wrapped,

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from configs.schema import ConfigError
+from configs.checks import ConfigError
 from tasks.base import Params, Task
 from tasks.data.library import Library
 from tasks.errors import DataError

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from configs.schema import ConfigError
+from configs.checks import ConfigError
 from tasks.augmentations.augmented import AugmentedStatic
 from tasks.augmentations.es_gradient import EsGradient
 from tasks.augmentations.reduced_batch import ReducedBatch

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from configs.schema import ConfigError
+from configs.checks import ConfigError
 from tasks.static import StaticConfig
 from tasks.timing.model import load_model
 

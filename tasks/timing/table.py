@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from configs.schema import ConfigError, did_you_mean
+from configs.checks import ConfigError, did_you_mean
 from tasks.errors import DataError
 
 SHIPPED = Path(__file__).parent / "tables"

@@ -13,7 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from configs.schema import ConfigError
+from configs.checks import ConfigError
 from lopt import kernels
 from lopt.base import Theta
 from tasks import Batch, Task, generator
