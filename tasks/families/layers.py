@@ -63,7 +63,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x (..., in) times ``weight`` (in, out) plus ``bias`` (out,)."""
     # All leading dimensions as one: under vmap, where weights have particles in front, torch would make a product of
     # its own, and a gradient of the weights, for each of them. As F.linear it is faster than a product and a sum.
-    return F.linear(x.flatten(0, -2), weight.T, bias).unflatten(0, x.shape[:-1])
+    return F.linear(x.reshape(-1, x.shape[-1]), weight.T, bias).reshape(*x.shape[:-1], len(bias))
 
 
 def conv(params: Params, name: str, x: Tensor, stride: int = 1) -> Tensor:

@@ -207,7 +207,7 @@ def _lstm_forward(drives: Tensor, weight: Tensor, h: Tensor, c: Tensor) -> tuple
     states, cells, gates = [], [], []
     for drive in drives.unbind(1):
         gate = torch.baddbmm(drive, h, weight)
-        i, f, o, g = gate.split(size, -1)
+        i, f, o, g = gate.chunk(4, -1)
         gate[..., : 3 * size].sigmoid_()
         g.tanh_()
         c = torch.addcmul(f * c, i, g)
@@ -228,13 +228,11 @@ def _lstm_backward(
     c: Tensor,
     gradient: Tensor,
 ) -> Tensors:
-    i, f, o, g = (gate.squeeze(-2) for gate in gates.unflatten(-1, (4, -1)).split(1, -2))
+    i, f, o, g = gates.chunk(4, -1)
     tanh_c = cells.tanh()
     # dh times `to_c` is a part of dc; (dc, dc, dh, dc) times `factors` is the gradient before the four gates
     to_c = o * (1 - tanh_c * tanh_c)
-    slopes = gates[..., : 3 * h.shape[-1]] * (1 - gates[..., : 3 * h.shape[-1]])
-    at_i, at_f, at_o = slopes.chunk(3, -1)
-    factors = torch.stack([g * at_i, _before(c, cells) * at_f, tanh_c * at_o, i * (1 - g * g)], -2)
+    factors = torch.stack([g * i * (1 - i), _before(c, cells) * f * (1 - f), tanh_c * o * (1 - o), i * (1 - g * g)], -2)
     dh, dc, back, raws = torch.zeros_like(h), torch.zeros_like(c), weight.mT.contiguous(), []
     for step, k, forget, factor in zip(*(reversed(x.unbind(1)) for x in (gradient, to_c, f, factors)), strict=True):
         dh = dh + step
