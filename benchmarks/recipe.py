@@ -1,12 +1,13 @@
 """The report on a meta-training in phases: what it cost, how it went, and what came out, from finished run folders.
 
     python benchmarks/recipe.py runs/celo_phase1 runs/celo_phase2 [--data ROOT] [--checkpoints 10] [--seeds 3]
-        [--processes 2] [--out docs/recipe.md] [--preset lopt/presets/NAME.safetensors]
+        [--trials runs/short ...] [--processes 2] [--out docs/recipe.md] [--preset lopt/presets/NAME.safetensors]
 
 Each folder is one run's, with ``config.yaml``, ``metrics.jsonl`` and its checkpoints, in the order of training. The
 tasks are the first run's ``evaluation``; scores are those of ``evaluator.scores``, relative to tuned Adam. Results that
-the run's evaluators left in its store are used, others are computed and kept there, so that a second call only draws.
-``--preset`` also writes the best checkpoint, as the report ranks them, with where it comes from and how it scored.
+the runs' evaluators left in their stores are used, others are computed; all are kept in the first run's, so that a
+second call only draws. ``--trials`` are shorter runs that were compared before. ``--preset`` also writes the best
+checkpoint, as the report ranks them, with where it comes from and how it scored.
 Owns the choice of what is compared, the page and its pictures; trains and scores with ``evaluator`` alone.
 """
 
@@ -99,6 +100,11 @@ class Phase:
         found = [checkpoint for checkpoint in self.store.list() if checkpoint.version == 0]
         return [Contestant(UNTRAINED, 0, self.store.read(kept, "theta")) for kept in found[:1]]
 
+    def late_loss(self) -> float:
+        """Mean meta-loss of all families over the last tenth of the run."""
+        late = self.journal[-max(1, len(self.journal) // 10) :]
+        return float(np.mean([loss for line in late for loss in line["meta_loss"].values()]))
+
     def seconds(self) -> float:
         """Of work, by the diary: the time between two launches does not count."""
         pairs = zip(self.journal, self.journal[1:], strict=False)
@@ -140,8 +146,11 @@ def _library(root: str | None, cache: str) -> tasks.Library:
     return tasks.Library(DataConfig(root=root, cache=cache))
 
 
-def complete(config: Config, store: CheckpointStore, contestants: Iterable[Contestant], processes: int) -> None:
-    """Compute and keep every result of ``contestants``, and every yardstick, that the store lacks."""
+def complete(
+    config: Config, store: CheckpointStore, others: Iterable[CheckpointStore], contestants: Iterable[Contestant],
+    processes: int,
+) -> None:  # fmt: skip
+    """Keep every result of ``contestants``, and every yardstick, in ``store``: ``others``' where these have it."""
     evaluation = config.evaluation
     jobs = {}
     for task in evaluation.tasks:
@@ -150,6 +159,10 @@ def complete(config: Config, store: CheckpointStore, contestants: Iterable[Conte
             for seed in range(evaluation.seeds):
                 path = result_path(evaluation, Item(contestant.digest, task, seed))
                 jobs[path] = Job(config, task, seed, contestant)
+    for other in others:
+        for path in jobs:
+            if store.read_file(path) is None and (data := other.read_file(path)) is not None:
+                store.create(path, data)
     missing = {path: job for path, job in jobs.items() if store.read_file(path) is None}
     print(f"{len(jobs) - len(missing)} results found, {len(missing)} to compute", flush=True)
     for number, (path, result) in enumerate(zip(missing, _done(list(missing.values()), processes), strict=True), 1):
@@ -196,6 +209,7 @@ def yardsticks_of(config: Config, store: CheckpointStore) -> dict[str, Yardstick
 def page(
     phases: Sequence[Phase],
     config: Config,
+    trials: Sequence[tuple[Phase, Judged]],
     along: Sequence[Judged],
     final: Sequence[Judged],
     adam: Mapping[str, Yardstick],
@@ -216,6 +230,7 @@ def page(
             "",
             *_table(_PHASE_COLUMNS, [_phase_row(phase) for phase in phases]),
             "",
+            *(_trials(trials) if trials else []),
             "## Meta-losses by family",
             "",
             f"![meta-loss over meta-steps, by family]({losses})",
@@ -240,6 +255,23 @@ def page(
     )
 
 
+def _trials(trials: Sequence[tuple[Phase, Judged]]) -> list[str]:
+    """What was compared before: settings and results of shorter runs."""
+    rows = [
+        [f"`{phase.name}`", phase.config.meta_optimizer.normalize, f"{phase.late_loss():.3f}", *_score_row(judged)[1:]]
+        for phase, judged in trials
+    ]
+    return [
+        "## What was compared before",
+        "",
+        "Shorter runs that differ in how each task's meta-gradient is normalised; the meta-loss is the mean over the "
+        "last tenth of the run, of all families.",
+        "",
+        *_table(["run", "normalize", "meta-loss", *_SCORE_COLUMNS[1:]], rows),
+        "",
+    ]
+
+
 _PHASE_COLUMNS = [
     "run", "meta-steps", "wall time", "inner steps", "inner steps/s", "meta-gradients", "dropped", "workers replaced",
 ]  # fmt: skip
@@ -262,14 +294,16 @@ def _phase_row(phase: Phase) -> list[str]:
 
 
 def _title(judged: Judged) -> str:
-    return judged.contestant.label
+    """Of a column or line; a run's name alone could mean two of its checkpoints."""
+    one = judged.contestant
+    return f"{one.label}, {one.version:,}" if one.version else one.label
 
 
 def _score_row(judged: Judged) -> list[str]:
     loss, speed = judged.scores.final_loss, judged.scores.speedup
     numbers = (loss.iqm, loss.median, loss.optimality_gap, speed.iqm, speed.median)
     version = f"{judged.contestant.version:,}" if judged.contestant.label != AUTHORS else ""
-    return [_title(judged), version, *(f"{number:.3f}" for number in numbers)]
+    return [judged.contestant.label, version, *(f"{number:.3f}" for number in numbers)]
 
 
 def _loss_rows(final: Sequence[Judged], adam: Mapping[str, Yardstick]) -> list[list[str]]:
@@ -378,6 +412,7 @@ def report(
     out: Path,
     *,
     data_root: str | None,
+    trials: Sequence[Path],
     checkpoints: int,
     seeds: int | None,
     processes: int,
@@ -386,24 +421,28 @@ def report(
 ) -> None:
     """Everything in one go; see the module."""
     phases = [Phase.read(folder) for folder in folders]
+    shorter = [Phase.read(folder) for folder in trials]
     config, store = _evaluated(phases[0].config, data_root, seeds), phases[0].store
     along = [contestant for phase in phases for contestant in phase.contestants(checkpoints)]
     rule, theta, provenance = lopt.read(authors)
     others = [*phases[0].start(), Contestant(AUTHORS, 0, lopt.encode(rule, theta, provenance))]
-    complete(config, store, [*along, *others], processes)
+    ends = [contestant for phase in shorter for contestant in phase.contestants(1)]
+    complete(config, store, [phase.store for phase in phases[1:]], [*along, *others, *ends], processes)
     judged, compared = judge(config, store, along), judge(config, store, others)
+    tried = list(zip(shorter, judge(config, store, ends), strict=True))
     adam = yardsticks_of(config, store)
     last = [[one for one in judged if one.contestant.label == phase.name][-1] for phase in phases]
-    final = [*last, *compared]
+    best = max(judged, key=lambda one: one.scores.final_loss.iqm)
+    final = [*last, *([] if best in last else [best]), *compared]
     out.parent.mkdir(parents=True, exist_ok=True)
     pictures = [out.with_name(f"{out.stem}_{name}.png") for name in ("meta_loss", "scores", "curves")]
     draw_meta_losses(phases, pictures[0])
     draw_scores(phases, judged, compared, pictures[1])
     draw_curves(final, adam, pictures[2])
-    out.write_text(page(phases, config, judged, final, adam, [picture.name for picture in pictures]), encoding="utf-8")
+    names = [picture.name for picture in pictures]
+    out.write_text(page(phases, config, tried, judged, final, adam, names), encoding="utf-8")
     print(f"wrote {out}")
     if preset is not None:
-        best = max(last, key=lambda one: one.scores.final_loss.iqm)
         write_preset(best, config, compared[-1:], preset)
         print(f"wrote {preset}: {best.contestant.label} after {best.contestant.version:,} meta-steps")
 
@@ -421,12 +460,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path, help="of finished runs, in the order of training")
     parser.add_argument("--data", metavar="ROOT", help="where the data sets lie, if elsewhere than the run's did")
+    parser.add_argument("--trials", nargs="*", type=Path, default=[], help="folders of shorter runs compared before")
     parser.add_argument("--checkpoints", type=int, default=10, help="of each run, to be scored")
     parser.add_argument("--seeds", type=int, help="of each task; the run's by default")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--authors", default="celo", help="where the authors' weights are, for lopt.read")
     parser.add_argument("--out", type=Path, default=Path("docs/recipe.md"))
-    parser.add_argument("--preset", type=Path, help="also write the best of the runs' last checkpoints to this file")
+    parser.add_argument("--preset", type=Path, help="also write the best of all checkpoints to this file")
     chosen = parser.parse_args()
     for field in ("checkpoints", "seeds", "processes"):
         if getattr(chosen, field) is not None and getattr(chosen, field) < 1:
@@ -435,6 +475,7 @@ def main() -> None:
         chosen.folders,
         chosen.out,
         data_root=chosen.data,
+        trials=chosen.trials,
         checkpoints=chosen.checkpoints,
         seeds=chosen.seeds,
         processes=chosen.processes,
