@@ -1,6 +1,6 @@
 """The report on a meta-training in phases: what it cost, how it went, and what came out, from finished run folders.
 
-    python benchmarks/recipe.py runs/celo_phase1 runs/celo_phase2 [--data ROOT] [--checkpoints 10] [--seeds 3]
+    python benchmarks/recipe.py runs/celo_phase1 runs/celo_phase2 [--data ROOT] [--every META_STEPS] [--seeds 3]
         [--trials runs/short ...] [--processes 2] [--out docs/recipe.md] [--preset lopt/presets/NAME.safetensors]
 
 Each folder is one run's, with ``config.yaml``, ``metrics.jsonl`` and its checkpoints, in the order of training. The
@@ -87,13 +87,16 @@ class Phase:
     def name(self) -> str:
         return self.config.run.name
 
-    def contestants(self, count: int) -> list[Contestant]:
-        """``count`` of the checkpoints, evenly spread, the last one among them; without version 0, the start."""
+    def contestants(self, every: int | None) -> list[Contestant]:
+        """The last checkpoint and those at multiples of ``every`` (by default where the run's evaluators scored)."""
+        every = every or self.config.evaluation.every
         found = {checkpoint.version: checkpoint for checkpoint in self.store.list() if checkpoint.version}
-        versions = sorted(found)
-        spread = np.linspace(len(versions) - 1, 0, min(count, len(versions))).round().astype(int).tolist()
-        chosen = [found[versions[index]] for index in sorted(spread)]
+        chosen = [found[version] for version in sorted(found) if version % every == 0 or version == max(found)]
         return [Contestant(self.name, kept.version, self.store.read(kept, "theta")) for kept in chosen]
+
+    def last(self) -> Contestant:
+        """The last checkpoint."""
+        return self.contestants(self.journal[-1]["version"] + 1)[-1]
 
     def start(self) -> list[Contestant]:
         """The checkpoint of version 0; none if it was not kept."""
@@ -413,7 +416,7 @@ def report(
     *,
     data_root: str | None,
     trials: Sequence[Path],
-    checkpoints: int,
+    every: int | None,
     seeds: int | None,
     processes: int,
     authors: str,
@@ -423,10 +426,10 @@ def report(
     phases = [Phase.read(folder) for folder in folders]
     shorter = [Phase.read(folder) for folder in trials]
     config, store = _evaluated(phases[0].config, data_root, seeds), phases[0].store
-    along = [contestant for phase in phases for contestant in phase.contestants(checkpoints)]
+    along = [contestant for phase in phases for contestant in phase.contestants(every)]
     rule, theta, provenance = lopt.read(authors)
     others = [*phases[0].start(), Contestant(AUTHORS, 0, lopt.encode(rule, theta, provenance))]
-    ends = [contestant for phase in shorter for contestant in phase.contestants(1)]
+    ends = [phase.last() for phase in shorter]
     complete(config, store, [phase.store for phase in phases[1:]], [*along, *others, *ends], processes)
     judged, compared = judge(config, store, along), judge(config, store, others)
     tried = list(zip(shorter, judge(config, store, ends), strict=True))
@@ -461,14 +464,14 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="of finished runs, in the order of training")
     parser.add_argument("--data", metavar="ROOT", help="where the data sets lie, if elsewhere than the run's did")
     parser.add_argument("--trials", nargs="*", type=Path, default=[], help="folders of shorter runs compared before")
-    parser.add_argument("--checkpoints", type=int, default=10, help="of each run, to be scored")
+    parser.add_argument("--every", type=int, help="meta-steps between scored checkpoints; the run's by default")
     parser.add_argument("--seeds", type=int, help="of each task; the run's by default")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--authors", default="celo", help="where the authors' weights are, for lopt.read")
     parser.add_argument("--out", type=Path, default=Path("docs/recipe.md"))
     parser.add_argument("--preset", type=Path, help="also write the best of all checkpoints to this file")
     chosen = parser.parse_args()
-    for field in ("checkpoints", "seeds", "processes"):
+    for field in ("every", "seeds", "processes"):
         if getattr(chosen, field) is not None and getattr(chosen, field) < 1:
             parser.error(f"--{field} {getattr(chosen, field)}: expected a whole number >= 1")
     report(
@@ -476,7 +479,7 @@ def main() -> None:
         chosen.out,
         data_root=chosen.data,
         trials=chosen.trials,
-        checkpoints=chosen.checkpoints,
+        every=chosen.every,
         seeds=chosen.seeds,
         processes=chosen.processes,
         authors=chosen.authors,

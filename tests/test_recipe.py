@@ -73,7 +73,7 @@ def folders(tmp_path):
 
 def write(folders, out, **changes):
     settings = {
-        "data_root": None, "trials": [], "checkpoints": 2, "seeds": None, "processes": 1, "authors": "celo",
+        "data_root": None, "trials": [], "every": 4, "seeds": None, "processes": 1, "authors": "celo",
         "preset": None,
     }  # fmt: skip
     recipe.report(folders, out, **(settings | changes))
@@ -101,7 +101,7 @@ def test_the_report_has_every_phase_checkpoint_and_contestant_and_computes_each_
     assert first[:5] == ["`first`", "6", "0.1 min", "0.0 M", "500"], "8 s of 2 s steps: a restart's gap is left out"
     assert second[0] == "`second`"
     along = [row[:2] for row in table(text, "optimizer")]
-    assert along == [["first", "2"], ["first", "6"], ["second", "5"]]
+    assert along == [["first", "4"], ["first", "6"], ["second", "5"]]
     rows = table(text[text.index("## On tasks that nobody saw") :], "optimizer")
     names = [row[0] for row in rows]
     assert [names[0], names[1], *names[-3:]] == [
@@ -129,7 +129,7 @@ def test_the_report_has_every_phase_checkpoint_and_contestant_and_computes_each_
 
 
 def test_a_number_of_the_page_is_the_mean_of_what_was_measured(folders, tmp_path):
-    text = write(folders[:1], tmp_path / "recipe.md", checkpoints=1)
+    text = write(folders[:1], tmp_path / "recipe.md", every=100)
     config = from_yaml((folders[0] / "config.yaml").read_text())
     store = CheckpointStore(str(tmp_path), "first", {})
     (checkpoint,) = [found for found in store.list() if found.version == 6]
@@ -142,22 +142,22 @@ def test_a_number_of_the_page_is_the_mean_of_what_was_measured(folders, tmp_path
 
 
 def test_what_a_later_run_left_in_its_store_is_used(folders, tmp_path, capsys):
-    write([folders[1]], tmp_path / "second.md", checkpoints=1)
+    write([folders[1]], tmp_path / "second.md", every=100)
     capsys.readouterr()
-    write(folders, tmp_path / "recipe.md", checkpoints=1)
+    write(folders, tmp_path / "recipe.md", every=100)
     assert "10 results found, 8 to compute" in capsys.readouterr().out, "Adam's, the authors' and the second run's"
 
 
 def test_shorter_runs_are_scored_and_shown_with_their_setting(folders, tmp_path):
-    text = write(folders[:1], tmp_path / "recipe.md", checkpoints=1, trials=[folders[1]])
+    text = write(folders[:1], tmp_path / "recipe.md", every=100, trials=[folders[1]])
     (row,) = table(text[text.index("## What was compared before") :], "run")
     assert row[:4] == ["`second`", "none", "0.400", "5"], "the loss of the last of 5 meta-steps"
 
 
 def test_more_seeds_than_the_run_had_are_computed(folders, tmp_path, capsys):
-    write(folders[:1], tmp_path / "recipe.md", checkpoints=1)
+    write(folders[:1], tmp_path / "recipe.md", every=100)
     capsys.readouterr()
-    assert "3 seeds each" in write(folders[:1], tmp_path / "recipe.md", checkpoints=1, seeds=3)
+    assert "3 seeds each" in write(folders[:1], tmp_path / "recipe.md", every=100, seeds=3)
     assert "12 results found, 8 to compute" in capsys.readouterr().out, "one seed more of three, and Adam's"
 
 
