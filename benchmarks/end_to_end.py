@@ -32,6 +32,7 @@ from deploy.config import load
 from learner.start import build_lopt, initial_theta
 from tasks import Library, TaskDistribution
 from worker.core import WorkerCore
+from worker.memory import keep_freed_memory
 
 OVERRIDES = ["experiment=celo_phase1", "task=digits"]
 WARM_SECONDS = 5.0
@@ -86,6 +87,7 @@ def engine_speed(overrides: list[str], slot: int, seconds: float) -> tuple[float
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[slot % len(cores)]})
     torch.set_num_threads(1)
+    keep_freed_memory()
     config = load(overrides)
     rule = build_lopt(config)
     theta = initial_theta(rule, config)

@@ -23,14 +23,17 @@ import torch
 from torch import Tensor
 
 import lopt
+import worker.compiled
 from configs.checks import ConfigError
 from configs.schema import DataConfig
 from lopt import kernels
 from tasks import Datasets, Library, Task, generator, static_from_dict
+from tasks.base import LossesAndGrads
 from tasks.data.images import ImageDataset, Pixels
 from tasks.data.text import TextDataset
 from tasks.families.image_mlp import ImageMlp, ImageMlpTask
 from worker.compiled import Compiled
+from worker.memory import keep_freed_memory
 from worker.unroll import Unroll
 
 HERE = Path(__file__).parent
@@ -79,15 +82,13 @@ class RandomImages:
         return Datasets(part, part, part)
 
 
-def mlp_task() -> Task:
-    return ImageMlpTask(ImageMlp(hidden=WIDTHS[1:-1]), RandomImages())  # type: ignore[arg-type]
-
-
-def contest(name: str) -> tuple[Task, lopt.LearnedOptimizer]:
-    """Task and rule of a contest: the name of a rule (on the MLP) or of a family (under Celo phase 1)."""
+def contest(name: str) -> tuple[Task, lopt.LearnedOptimizer, str]:
+    """Task, rule and the task's identity, of the name of a rule (on the MLP) or of a family (under Celo phase 1)."""
     if name in FAMILIES:
-        return static_from_dict(FAMILIES[name]).build(Library(DataConfig())), RULES["celo/1"]()
-    return mlp_task(), RULES[name]()
+        static = static_from_dict(FAMILIES[name])
+        return static.build(Library(DataConfig())), RULES["celo/1"](), static.digest()
+    mlp = ImageMlp(hidden=WIDTHS[1:-1])
+    return ImageMlpTask(mlp, RandomImages()), RULES[name](), mlp.digest()  # type: ignore[arg-type]
 
 
 def perturbed(rule: lopt.LearnedOptimizer, n: int) -> lopt.base.Theta:
@@ -98,14 +99,37 @@ def perturbed(rule: lopt.LearnedOptimizer, n: int) -> lopt.base.Theta:
     return rule.spec.unflatten(torch.cat([flat + eps, flat - eps]), theta)
 
 
+class Recorded(Compiled):
+    """What a profile can tell from the rest."""
+
+    def __call__(self, *inputs: Any) -> LossesAndGrads:
+        with torch.profiler.record_function("compiled"):
+            return super().__call__(*inputs)
+
+
+def recorded(rule: lopt.LearnedOptimizer) -> lopt.LearnedOptimizer:
+    """The rule, whose updates a profile can tell from the rest."""
+    update = rule.update_particles
+
+    def update_particles(*inputs: Any) -> Any:
+        with torch.profiler.record_function("paceline::update"):
+            return update(*inputs)
+
+    rule.update_particles = update_particles  # type: ignore[method-assign]
+    return rule
+
+
 class Engine:
     """Our engine on one contest: particles that every call moves on by windows."""
 
     def __init__(self, name: str, particles: int, path: str) -> None:
         start = time.perf_counter()
-        task, rule = contest(name)
+        task, rule, identity = contest(name)
         self.theta = perturbed(rule, particles // 2)
-        self.unroll = Unroll(task, rule, particles // 2, HORIZON, ("inner_loop",), path=path, compiled=Compiled(task))
+        compiled = Recorded(task, identity)
+        self.unroll = Unroll(
+            task, recorded(rule), particles // 2, HORIZON, ("inner_loop",), path=path, compiled=compiled
+        )  # fmt: skip
         self.particles, self.windows = self.unroll.start(), 0
         self.build_seconds = time.perf_counter() - start
         start = time.perf_counter()
@@ -143,7 +167,7 @@ class Engine:
 
 PARTS = {
     "rule": ("paceline::",),
-    "compiled code": ("Compiled", "compiled", "cpp_fused", "inductor"),
+    "compiled code": ("compiled",),
     "convolutions": ("conv",),
     "matrix products": ("mm", "matmul", "linear"),
 }
@@ -153,6 +177,8 @@ def serve(core: int) -> None:
     """Answer requests on standard input, as the peers do."""
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
+    keep_freed_memory()
+    worker.compiled.MOST_OPERATIONS *= worker.compiled.BESIDE  # as where the compiler works beside the run
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not come between the answers
     opened: dict[tuple[str, int, str], Engine] = {}
@@ -226,7 +252,7 @@ def write_start(name: str, particles: int, path: Path) -> Tensor:
     """Write what a contest begins with to the npz file that a peer reads, and return the first losses (5, 2n) that the
     reference in torch gives."""
     n = particles // 2
-    task, rule = contest(name)
+    task, rule, _ = contest(name)
     theta, horizon = perturbed(rule, n), torch.tensor([HORIZON[1]] * particles)
     fresh = [task.init(generator("start", i)) for i in range(n)] * 2
     params = {leaf: torch.stack([p[leaf] for p in fresh]) for leaf in fresh[0]}

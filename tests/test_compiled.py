@@ -150,6 +150,21 @@ def test_what_does_not_fit_into_the_cache_is_computed_in_pieces(monkeypatch, cac
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_gelu_is_traced_to_what_costs_less_and_means_the_same(approximate):
+    x = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+
+    def both(x):
+        y, pull = torch.func.vjp(lambda x: torch.nn.functional.gelu(x, approximate=approximate), x)
+        return [y, pull(torch.ones_like(x))[0]]
+
+    graph = compiled.traced(both, [x])
+    operations = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
+    assert ("aten.sigmoid.default" in operations) == (approximate == "tanh")
+    for found, expected in zip(graph(x), both(x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
 def test_other_shapes_are_compiled_anew():
     task, inputs = make(MLP)
     function = Compiled(task, MLP.digest())

@@ -23,6 +23,7 @@ from lopt import LearnedOptimizer, MetaGradient
 from lopt.base import Theta
 from tasks import Library, TaskDistribution
 from worker.core import WorkerCore
+from worker.memory import keep_freed_memory
 
 CALL_SECONDS = 60.0
 PATIENCE_SECONDS = 90.0
@@ -52,6 +53,7 @@ class Worker:
 
     def __init__(self, config: Config, rule: LearnedOptimizer, name: str, slot: int, learner: Any) -> None:
         torch.set_num_threads(1)
+        keep_freed_memory()
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")  # to Ray's log files
         self.config, self.rule, self.name, self.slot, self.learner = config, rule, name, slot, learner
         self.device = torch.device("cuda" if config.cluster.worker_gpus > 0 else "cpu")

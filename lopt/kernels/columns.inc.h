@@ -100,11 +100,28 @@ static inline int64_t outer_size(const Slot& s) { return s.factored ? s.a * s.i 
 static inline int64_t run_length(const Slot& s) { return s.b * s.j * s.c; }
 static inline int64_t num_blocks(const Place& at) { return (at.end - at.begin + kBlock - 1) / kBlock; }
 
-// Values of an outer array (one per b and c of this run) for every element of the segment.
-template <class Write>
-static inline void spread_outer(const Slot& s, const Place& at, Write write) {
+// Which value of an outer array (one per b and c of a run) belongs to each element of the segment, the same in all
+// runs; nothing where a run has a single value.
+static std::vector<int32_t> outer_index(const Slot& s, const Place& at) {
+  if (!s.factored || s.b * s.c == 1) return {};
+  std::vector<int32_t> index(at.end - at.begin);
   const int64_t jc = s.j * s.c;
-  for (int64_t e = at.begin; e < at.end; ++e) write(e - at.begin, (e / jc) * s.c + e % s.c);
+  int64_t first = at.begin / jc * s.c, in_jc = at.begin % jc, in_c = at.begin % s.c;
+  for (int32_t& each : index) {
+    each = static_cast<int32_t>(first + in_c);
+    if (++in_c == s.c) in_c = 0;
+    if (++in_jc == jc) in_jc = 0, first += s.c;
+  }
+  return index;
+}
+
+// Values of `rows` outer arrays for every element, block by block.
+static void spread(const std::vector<int32_t>& index, int rows, const float* from, int64_t stride, float* out) {
+  const int64_t width = index.size();
+  for (int64_t begin = 0; begin < width; begin += kBlock)
+    for (int row = 0; row < rows; ++row, out += kBlock)
+      for (int64_t q = begin; q < std::min<int64_t>(begin + kBlock, width); ++q)
+        out[q - begin] = from[row * stride + index[q]];
 }
 
 static void inner_factors(const Slot& s, const Place& at, std::vector<float>& out) {
@@ -118,7 +135,8 @@ static void inner_factors(const Slot& s, const Place& at, std::vector<float>& ou
     }
 }
 
-static void outer_factors(const Slot& s, const Place& at, int64_t run, std::vector<float>& out) {
+static void outer_factors(const Slot& s, const Place& at, int64_t run, const std::vector<int32_t>& index,
+                          std::vector<float>& out) {
   const int64_t size = outer_size(s), bc = s.b * s.c;
   const float* from = s.factors + (at.a * s.i + run) * bc;
   if (bc == 1) {  // one number for the whole run: a single block serves all
@@ -126,8 +144,5 @@ static void outer_factors(const Slot& s, const Place& at, int64_t run, std::vect
       for (int q = 0; q < kBlock; ++q) out[k * kBlock + q] = from[k * size];
     return;
   }
-  for (int k = 0; k < kDecays; ++k)
-    spread_outer(s, at, [&](int64_t q, int64_t index) {
-      out[(q / kBlock * kDecays + k) * kBlock + q % kBlock] = from[k * size + index];
-    });
+  spread(index, kDecays, from, size, out.data());
 }

@@ -102,6 +102,7 @@ template <int kHidden, bool kClip, bool kFactored>
 static void item_apply(const Rule& rule, const Slot& s, const Place& at) {
   constexpr int kColumns = num_columns<kClip, kFactored>();
   Folded<kHidden, kColumns> net;  // not thread-local: finding that again would cost a call per block
+  const std::vector<int32_t> index = outer_index(s, at);
   std::vector<float> per_place, per_element;
   fold<kHidden, kClip, kFactored>(rule, s, net);
   const Decay d = decays_of(rule, s);
@@ -121,19 +122,16 @@ static void item_apply(const Rule& rule, const Slot& s, const Place& at) {
   float step = s.step;
   if (rule.parameter_scaled) step *= std::sqrt(static_cast<float>(s.sums[kP] / s.sums[kCount]) + 1e-9f);
   int64_t current = -1;
-  for_each_block<kFactored>(s, at, [&](int64_t b, const float* const* x, const float* outer, const float* inner,
-                                       int64_t position, int64_t width, int64_t run) {
+  for_each_block<kFactored>(s, at, index, [&](int64_t b, const float* const* x, const float* outer, const float* inner,
+                                              int64_t position, int64_t width, int64_t run) {
     if (kFactored && run != current) {
       current = run;
       const float* values = s.outer_out + (at.a * s.i + run) * bc;
       if (wide) {
         std::vector<float> part(bc * kHidden);
         for (int64_t q = 0; q < bc; ++q)
-          first_layer_part<kHidden>(values + q, ou, net.row, part.data() + q * kHidden, 1);
-        spread_outer(s, at, [&](int64_t q, int64_t index) {
-          float* to = per_element.data() + q / kBlock * kHidden * kBlock + q % kBlock;
-          for (int h = 0; h < kHidden; ++h) to[h * kBlock] = part[index * kHidden + h];
-        });
+          first_layer_part<kHidden>(values + q, ou, net.row, part.data() + q, bc);
+        spread(index, kHidden, part.data(), bc, per_element.data());
       } else {
         first_layer_part<kHidden>(values, ou, net.row, per_run, 1);
         for (int h = 0; h < kHidden; ++h) per_run[h] += net.b0[h];

@@ -39,6 +39,7 @@ static void axis_sums(const Rule& rule, Slot* slots, int64_t count, int32_t thre
     inner[k].assign(width, 0.0f);
     outer[k].assign((at.last - at.first) * bc, 0.0f);
     const float top = rule.max_gradient > 0 ? rule.max_gradient : INFINITY;
+    const std::vector<int32_t> index = outer_index(s, at);
     for (int64_t run = at.first; run < at.last; ++run) {
       const float* g = s.g + (at.a * s.i + run) * length + at.begin;
       float* in = inner[k].data();
@@ -57,11 +58,10 @@ static void axis_sums(const Rule& rule, Slot* slots, int64_t count, int32_t thre
         in[e] += x * x;
         if (bc == 1) out[0] += x * x;
       }
-      if (bc > 1)
-        spread_outer(s, at, [&](int64_t q, int64_t index) {
-          const float x = std::min(std::max(g[q], -top), top);
-          out[index] += x * x;
-        });
+      for (size_t q = 0; q < index.size(); ++q) {
+        const float x = std::min(std::max(g[q], -top), top);
+        out[index[q]] += x * x;
+      }
     }
   });
   for (size_t k = 0; k < all.size();) {  // items of one slot follow each other
@@ -109,7 +109,7 @@ static void factors(const Rule& rule, Slot& s) {
 
 // Calls body(block, x, outer factors, inner factors, position, width, run) for every block of an item.
 template <bool kFactored, class Body>
-static void for_each_block(const Slot& s, const Place& at, Body body) {
+static void for_each_block(const Slot& s, const Place& at, const std::vector<int32_t>& index, Body body) {
   std::vector<float> inner, outer;
   const int64_t blocks = num_blocks(at), length = run_length(s), n = s.a * s.i * length;
   const bool wide = kFactored && s.b * s.c > 1;
@@ -120,7 +120,7 @@ static void for_each_block(const Slot& s, const Place& at, Body body) {
   alignas(64) float copy[kInputs][kBlock];
   const float* x[kInputs];
   for (int64_t run = at.first; run < at.last; ++run) {
-    if (kFactored) outer_factors(s, at, run, outer);
+    if (kFactored) outer_factors(s, at, run, index, outer);
     const int64_t start = (at.a * s.i + run) * length + at.begin;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t width = std::min<int64_t>(kBlock, at.end - at.begin - b * kBlock);
@@ -136,8 +136,8 @@ static void item_sums(const Rule& rule, const Slot& s, const Place& at, double* 
   constexpr int kColumns = num_columns<kClip, kFactored>();
   const Decay d = decays_of(rule, s);
   Vec lanes[kColumns] = {};
-  for_each_block<kFactored>(s, at, [&](int64_t, const float* const* x, const float* outer, const float* inner,
-                                       int64_t, int64_t width, int64_t) {
+  for_each_block<kFactored>(s, at, outer_index(s, at), [&](int64_t, const float* const* x, const float* outer,
+                                                           const float* inner, int64_t, int64_t width, int64_t) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       Vec m[3], v, diag[3];
