@@ -1,4 +1,4 @@
-"""What Celo's published weights are worth beside a tuned Adam: learning curves on three tasks, as a picture.
+"""What the preset ``celo`` is worth beside a tuned Adam: learning curves on three tasks, as a picture.
 
     python benchmarks/curves.py [--data ROOT] [--steps N] [--seeds K] [--out docs/celo_curves.png] [--json]
 
@@ -293,7 +293,7 @@ def panel(axes: Axes, celo: Curves, adam: Mapping[float, Curves]) -> None:
     best = best_rate(adam)
     steps = range(0, celo.losses.shape[1], max(1, celo.losses.shape[1] // POINTS))
     shown = [
-        (f"Celo as published, untuned: {celo.held_out.mean():.3f}", celo, "#0072B2", "solid"),
+        (f"Celo, untuned: {celo.held_out.mean():.3f}", celo, "#0072B2", "solid"),
         (
             f"Adam {best:g}, the best of {len(adam)}: {adam[best].held_out.mean():.3f}",
             adam[best],

@@ -75,13 +75,18 @@ class Phase:
 
     @classmethod
     def read(cls, folder: Path) -> Phase:
-        """Raises OSError or ConfigError where there is no run, and ValueError for one without a meta-step."""
+        """Raises OSError or ConfigError where there is no run, ValueError for one without meta-steps or checkpoints."""
         config = from_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
-        root = config.storage.root if "://" in config.storage.root else str(folder.absolute().parent)
         journal = read_journal(folder / JOURNAL)
         if not journal:
             raise ValueError(f"{folder / JOURNAL}: expected at least one meta-step")
-        return cls(config, CheckpointStore(root, config.run.name, config.storage.options), journal)
+        beside = CheckpointStore(str(folder.absolute().parent), config.run.name, {})  # a folder may have moved
+        store = (
+            beside if beside.list() else CheckpointStore(config.storage.root, config.run.name, config.storage.options)
+        )
+        if not store.list():
+            raise ValueError(f"{folder}: no checkpoints, neither there nor in {config.storage.root}")
+        return cls(config, store, journal)
 
     @property
     def name(self) -> str:
@@ -246,6 +251,9 @@ def page(
             "",
             "## On tasks that nobody saw",
             "",
+            "The last checkpoint of each run, and the best of all by the IQM of its final losses. That one was chosen "
+            "on these very tasks, which flatters it a little.",
+            "",
             *_table(_SCORE_COLUMNS, [*map(_score_row, final), [ADAM, "", "1", "1", "0", "1", "1"]]),
             "",
             f"Final test losses, mean and standard deviation over {seeds} seeds (tuned Adam with its learning rate):",
@@ -400,14 +408,23 @@ def draw_curves(final: Sequence[Judged], adam: Mapping[str, Yardstick], path: Pa
 # -- what is kept -----------------------------------------------------------------------------------------------------
 
 
-def write_preset(judged: Judged, config: Config, authors: Sequence[Judged], path: Path) -> None:
-    """The contestant's file with its scores, and those of the authors' weights, in its provenance."""
+def write_preset(
+    judged: Judged, phases: Sequence[Phase], config: Config, authors: Judged, path: Path
+) -> None:  # fmt: skip
+    """The contestant's file, with the phases behind it and the scores (also of the authors' weights) in its
+    provenance."""
     rule, theta, provenance = lopt.decode(judged.contestant.data)
     suite = {"suite": config.evaluation.suite, "tasks": [*config.evaluation.tasks], "seeds": config.evaluation.seeds}
-    scores = {"scores": asdict(judged.scores) | suite, "license": "Apache-2.0"}
-    if authors:
-        scores["scores_of_the_authors_weights"] = asdict(authors[0].scores)
-    path.write_bytes(lopt.encode(rule, theta, provenance | scores))
+    last = [phase.name for phase in phases].index(judged.contestant.label)
+    made = [{"run": phase.name, "meta_steps": phase.journal[-1]["version"]} for phase in phases[:last]]
+    made.append({"run": judged.contestant.label, "meta_steps": judged.contestant.version})
+    added = {
+        "license": "Apache-2.0",
+        "phases": made,
+        "scores": asdict(judged.scores) | suite,
+        "scores_of_the_authors_weights": asdict(authors.scores),
+    }
+    path.write_bytes(lopt.encode(rule, theta, provenance | added))
 
 
 def report(
@@ -446,7 +463,7 @@ def report(
     out.write_text(page(phases, config, tried, judged, final, adam, names), encoding="utf-8")
     print(f"wrote {out}")
     if preset is not None:
-        write_preset(best, config, compared[-1:], preset)
+        write_preset(best, phases, config, compared[-1], preset)
         print(f"wrote {preset}: {best.contestant.label} after {best.contestant.version:,} meta-steps")
 
 
@@ -467,7 +484,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, help="meta-steps between scored checkpoints; the run's by default")
     parser.add_argument("--seeds", type=int, help="of each task; the run's by default")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--authors", default="celo", help="where the authors' weights are, for lopt.read")
+    parser.add_argument("--authors", default="celo_authors", help="where the authors' weights are, for lopt.read")
     parser.add_argument("--out", type=Path, default=Path("docs/recipe.md"))
     parser.add_argument("--preset", type=Path, help="also write the best of all checkpoints to this file")
     chosen = parser.parse_args()

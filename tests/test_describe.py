@@ -35,7 +35,8 @@ def test_a_preset_is_described_with_where_it_comes_from():
     rows = text_of(description)
     assert rows["architecture"] == "celo(phase=2)"
     assert rows["needs"] == "the training loss and num_steps"
-    assert rows["license"] == "MIT"
+    assert rows["license"] == "Apache-2.0"
+    assert rows["run"] == "celo_phase2"
     assert rows["meta-parameters"] == "35,649 trainable and 1,440 frozen"
 
 

@@ -57,7 +57,7 @@ def mlp(tau=None, **changes):
 def trained(rule):
     """A theta under which trainings move: the published one of Celo, drawn and enlarged for the others."""
     if isinstance(rule, lopt.Celo):
-        return lopt.read("celo")[1]
+        return lopt.read("celo_authors")[1]
     theta = rule.init_theta(torch.Generator().manual_seed(0))
     return {
         name: leaf + 0.03 * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(1))

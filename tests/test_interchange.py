@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lopt
+from deploy.config import from_yaml
 from lopt.checkpoint import KEY, CheckpointError, header
 from lopt.interchange.reading import MAX_BYTES
 from tests.flax_files import array, packed, raw_array, tree_of
@@ -373,15 +374,28 @@ def test_a_path_that_exists_is_not_looked_up_on_the_hub(tmp_path, file, monkeypa
         lopt.read("hf://owner")
 
 
-@pytest.mark.parametrize("name", ["celo", "celo_adam"])
+@pytest.mark.parametrize("name", ["celo_authors", "celo_adam"])
 def test_the_presets_are_the_authors_files_by_their_checksum(name):
     rule, theta, provenance = lopt.read(name)
     rule.spec.check(theta)
     sums = {
-        "celo": "35683c6123069c101d62ec1f8b2e6d70d50a43e67ebe09953b27620a7dcb836b",
+        "celo_authors": "35683c6123069c101d62ec1f8b2e6d70d50a43e67ebe09953b27620a7dcb836b",
         "celo_adam": "99c65fa0218a739c32eac4e8a99523b6fed92e2926d0c5d64e83835637b75d38",
     }
     assert (provenance["license"], provenance["sha256"]) == ("MIT", sums[name])
+
+
+def test_the_preset_celo_is_our_own_and_says_how_it_was_made_and_how_it_scored():
+    rule, theta, provenance = lopt.read("celo")
+    rule.spec.check(theta)
+    config = from_yaml(provenance["config"])
+    assert (provenance["license"], provenance["run"]) == ("Apache-2.0", config.run.name)
+    assert set(provenance["scores"]["tasks"]) == set(config.evaluation.tasks)
+    trained_on = [family.task for family in config.task.families.values()]
+    assert not any(entry.task in trained_on for entry in config.evaluation.tasks.values())
+    assert [made["run"] for made in provenance["phases"]] == ["celo_phase1", "celo_phase2"]
+    ours, authors = (provenance[key]["final_loss"]["iqm"] for key in ("scores", "scores_of_the_authors_weights"))
+    assert ours > max(authors, 1), "kept because it is better than the authors' weights and than tuned Adam"
 
 
 def test_the_name_of_an_architecture_without_weights_says_what_to_do():

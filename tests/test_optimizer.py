@@ -292,7 +292,7 @@ def test_the_preset_celo_trains_a_model_by_its_name_alone():
     model, loss_of = problem()
     losses = train(model, loss_of, lopt.load("celo")(model.parameters(), num_steps=100), 100)
     assert losses[-1] < losses[0] / 3
-    assert lopt.read("celo")[2]["license"] == "MIT"
+    assert lopt.read("celo")[2]["license"] == "Apache-2.0"
     with pytest.raises(lopt.CheckpointError, match="did you mean 'celo'"):
         lopt.load("cello")
 

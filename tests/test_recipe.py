@@ -73,7 +73,7 @@ def folders(tmp_path):
 
 def write(folders, out, **changes):
     settings = {
-        "data_root": None, "trials": [], "every": 4, "seeds": None, "processes": 1, "authors": "celo",
+        "data_root": None, "trials": [], "every": 4, "seeds": None, "processes": 1, "authors": "celo_authors",
         "preset": None,
     }  # fmt: skip
     recipe.report(folders, out, **(settings | changes))
