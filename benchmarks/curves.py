@@ -1,8 +1,8 @@
-"""What the preset ``celo`` is worth beside a tuned Adam: learning curves on three tasks, as a picture.
+"""What Celo's published weights are worth beside a tuned Adam: learning curves on three tasks, as a picture.
 
     python benchmarks/curves.py [--data ROOT] [--steps N] [--seeds K] [--out docs/celo_curves.png] [--json]
 
-Owns the comparison and its picture. Must never tune, scale or schedule Celo: it is ``lopt.load("celo")`` with the
+Owns the comparison and its picture. Must never tune, scale or schedule Celo: ``lopt.load("celo_authors")`` with the
 number of steps, as anybody would use it.
 
 Adam has 14 learning rates: those of learned_optimization's baselines (``AdamLR_*`` in baselines/hparam_sets.py), the
@@ -223,7 +223,7 @@ def compare(name: str, problem: Problem, steps: int, seeds: int) -> tuple[Curves
     """Celo, and Adam with every rate."""
 
     def celo(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return lopt.load("celo")(params, num_steps=steps)
+        return lopt.load("celo_authors")(params, num_steps=steps)
 
     def adam(rate: float) -> Make:
         return lambda params: torch.optim.Adam(params, lr=rate, fused=True)
@@ -293,7 +293,7 @@ def panel(axes: Axes, celo: Curves, adam: Mapping[float, Curves]) -> None:
     best = best_rate(adam)
     steps = range(0, celo.losses.shape[1], max(1, celo.losses.shape[1] // POINTS))
     shown = [
-        (f"Celo, untuned: {celo.held_out.mean():.3f}", celo, "#0072B2", "solid"),
+        (f"Celo as published, untuned: {celo.held_out.mean():.3f}", celo, "#0072B2", "solid"),
         (
             f"Adam {best:g}, the best of {len(adam)}: {adam[best].held_out.mean():.3f}",
             adam[best],
