@@ -57,15 +57,16 @@ def train(
     with torch.no_grad():
         state = optimizer.init_particles(theta, params, torch.full((particles,), num_steps))
         task_state = task.init_state(params)
+        stepper = optimizer.stepper(theta, state, params)
         curve = torch.empty(particles, num_steps)
         for step in range(num_steps):
-            loss, grads, task_state = task.losses_and_grads(params, task_state, next(batches), dynamic)
-            params, state = optimizer.update_particles(theta, state, params, grads, loss)
+            loss, grads, task_state = task.losses_and_grads(stepper.params, task_state, next(batches), dynamic)
+            stepper.step(grads, loss)
             curve[:, step] = loss
         final = {}
         for split in ("train", "test"):
             fresh = islice(streams.batches(f"final {split}", split), FINAL_BATCHES)
-            final[split] = torch.stack([task.losses(params, batch, dynamic) for batch in fresh]).mean(0)
+            final[split] = torch.stack([task.losses(stepper.params, batch, dynamic) for batch in fresh]).mean(0)
     diverged = ~(final["train"].isfinite() & final["test"].isfinite())
     return Curves(_finite(task, curve), _finite(task, final["train"]), _finite(task, final["test"]), diverged)
 

@@ -149,6 +149,10 @@ class LearnedOptimizer(ABC):
     ) -> tuple[Params, State]:
         """One inner step of every particle; ``loss`` is (P,), the training loss that ``grads`` belong to."""
 
+    def stepper(self, theta: Theta, state: State, params: Params) -> Stepper:
+        """These particles, ready to take one step after the other under ``theta``."""
+        return Stepper(self, theta, state, params)
+
     def init_state(self, theta: Theta, params: Params, num_steps: int) -> State:
         """``init_particles`` for one particle: no leading axis anywhere."""
         horizon = torch.tensor([num_steps], device=next(iter(params.values())).device)
@@ -178,6 +182,20 @@ class LearnedOptimizer(ABC):
         new_params, new_state = self.update(theta, state, params, grads, loss)
         move(params, new_params, lr, weight_decay)
         return new_state
+
+
+class Stepper:
+    """Particles that take step after step under one theta: ``params`` and ``state`` are where they have come to.
+
+    A subclass computes once what follows from theta alone, and may overwrite ``params`` and ``state`` with every step.
+    """
+
+    def __init__(self, rule: LearnedOptimizer, theta: Theta, state: State, params: Params) -> None:
+        self.rule, self.theta, self.state, self.params = rule, theta, state, params
+
+    def step(self, grads: Params, loss: Tensor) -> None:
+        """As ``update_particles``."""
+        self.params, self.state = self.rule.update_particles(self.theta, self.state, self.params, grads, loss)
 
 
 def move(params: Params, new_params: Params, lr: Sequence[float], weight_decay: Sequence[float]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from configs.checks import ConfigError
 from lopt import kernels, recurrent, schedule
-from lopt.accumulators import fixed_decays, init_accumulators
+from lopt.accumulators import Decays, init_accumulators
 from lopt.base import Argument, Params, State, Theta, ThetaEntry, ThetaSpec
 from lopt.features import STEP_MULT, init_weights
 from lopt.per_parameter import Network, PerParameterRule
@@ -78,7 +78,9 @@ class Celo(PerParameterRule):
             state |= init_accumulators(name, p)
         return state
 
-    def network(self, theta: Theta, state: State, params: Params, grads: Params, loss: Tensor) -> tuple[Network, State]:
+    def network(
+        self, theta: Theta, state: State, params: Params, grads: Params, loss: Tensor, decays: Decays | None = None
+    ) -> tuple[Network, State]:
         new_state: State = {"iteration": state["iteration"] + 1}
         factor = torch.full_like(loss, STEP_MULT)
         if self.phase == 2:
@@ -87,7 +89,7 @@ class Celo(PerParameterRule):
             factor = factor * lr
         weights = [theta["mlp.w0"], theta["mlp.w1"], theta["mlp.w2"]]
         biases = [theta["mlp.b0"], theta["mlp.b1"], theta["mlp.b2"]]
-        return Network(weights, biases, fixed_decays(loss.device), factor), new_state
+        return Network(weights, biases, decays or self.decays(theta), factor), new_state
 
     def schedule(self, theta: Theta, state: State, loss: Tensor) -> tuple[State, Tensor]:
         """The learned step-size factor (P,) of this inner step, from the fraction of training done and the losses."""

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lopt import kernels, trace
-from lopt.accumulators import Decays, Statistics, align, as_vector, update_accumulators
-from lopt.base import LearnedOptimizer, Params, State, Theta, move
+from lopt.accumulators import Decays, Statistics, align, as_vector, fixed_decays, update_accumulators
+from lopt.base import LearnedOptimizer, Params, State, Stepper, Theta, move
 from lopt.chunked import outputs
 from lopt.features import EXP_MULT, columns
 
@@ -56,8 +56,17 @@ class PerParameterRule(LearnedOptimizer):
     """Whether the step is multiplied by the root mean square of the tensor's parameters."""
 
     @abstractmethod
-    def network(self, theta: Theta, state: State, params: Params, grads: Params, loss: Tensor) -> tuple[Network, State]:
-        """The network of this step, and the leaves of the new state other than the accumulators."""
+    def network(
+        self, theta: Theta, state: State, params: Params, grads: Params, loss: Tensor, decays: Decays | None = None
+    ) -> tuple[Network, State]:
+        """The network of this step, and the leaves of the new state other than the accumulators.
+
+        ``decays`` are ``self.decays(theta)`` where the caller has them from an earlier step.
+        """
+
+    def decays(self, theta: Theta) -> Decays:
+        """The decays of the accumulators, which are the same in every step."""
+        return fixed_decays(next(iter(theta.values())).device)
 
     def update_particles(
         self, theta: Theta, state: State, params: Params, grads: Params, loss: Tensor
@@ -68,6 +77,13 @@ class PerParameterRule(LearnedOptimizer):
             return new_params, new_state | accumulators
         new_params, accumulators = self._reference(network, state, params, grads)
         return new_params, new_state | accumulators
+
+    def stepper(self, theta: Theta, state: State, params: Params) -> Stepper:
+        """In place, of a copy of these particles, where the kernels can."""
+        weights = [leaf for name, leaf in theta.items() if name.startswith("mlp.w")]
+        if kernels.serves(self, params, weights) and kernels.on_cpu(params):
+            return _InPlace(self, theta, state, params)
+        return super().stepper(theta, state, params)
 
     def _reference(self, network: Network, state: State, params: Params, grads: Params) -> tuple[Params, State]:
         """What the kernels compute, tensor by tensor in torch."""
@@ -121,6 +137,26 @@ class PerParameterRule(LearnedOptimizer):
         """The input columns of one tensor (P, *s), in the first layer's order."""
         blocks = columns(p, g, statistics, diag_eps=self.diag_eps)
         return [blocks[column] for column in self.columns]
+
+
+class _InPlace(Stepper):
+    """Copies of the particles, which the kernels overwrite."""
+
+    rule: PerParameterRule
+
+    def __init__(self, rule: PerParameterRule, theta: Theta, state: State, params: Params) -> None:
+        state, params = (
+            {name: leaf.clone(memory_format=torch.contiguous_format) for name, leaf in tree.items()}
+            for tree in (state, params)
+        )
+        super().__init__(rule, theta, state, params)
+        self._decays = rule.decays(theta)
+        self._kernel = kernels.cpu.InPlace(rule, state, params)
+
+    def step(self, grads: Params, loss: Tensor) -> None:
+        network, new_state = self.rule.network(self.theta, self.state, self.params, grads, loss, self._decays)
+        self._kernel.step(network, grads)
+        self.state |= new_state
 
 
 def step(out: Tensor, factor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from configs.checks import at_least, positive
 from lopt import kernels
-from lopt.accumulators import DECAYS, init_accumulators, learned_decays
+from lopt.accumulators import DECAYS, Decays, init_accumulators, learned_decays
 from lopt.base import Argument, Params, State, Theta, ThetaEntry, ThetaSpec
 from lopt.features import STEP_MULT, TIMESCALES, init_weights, mlp_entries, mlp_layers, time_features
 from lopt.per_parameter import Network, PerParameterRule
@@ -60,8 +60,14 @@ class SmallFcLopt(PerParameterRule):
             state |= init_accumulators(name, p)
         return state
 
-    def network(self, theta: Theta, state: State, params: Params, grads: Params, loss: Tensor) -> tuple[Network, State]:
+    def decays(self, theta: Theta) -> Decays:
+        return learned_decays(theta)
+
+    def network(
+        self, theta: Theta, state: State, params: Params, grads: Params, loss: Tensor, decays: Decays | None = None
+    ) -> tuple[Network, State]:
         # time features are the same for all parameters, so they are part of the first bias
         weights, biases = mlp_layers(theta, time_features(state["iteration"]))
         factor = torch.full_like(loss, self.step_mult)
-        return Network(weights, biases, learned_decays(theta), factor), {"iteration": state["iteration"] + 1}
+        new_state = {"iteration": state["iteration"] + 1}
+        return Network(weights, biases, decays or self.decays(theta), factor), new_state

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs.checks import at_least
 from lopt import kernels, loss_features, recurrent, trace
-from lopt.accumulators import as_vector, fixed_decays, init_accumulators, safe_rsqrt
+from lopt.accumulators import Decays, as_vector, init_accumulators, safe_rsqrt
 from lopt.base import Argument, Params, State, Theta, ThetaEntry, ThetaSpec
 from lopt.features import STEP_MULT, clipped_log, init_weights, mlp_entries, moments
 from lopt.per_parameter import Network, PerParameterRule
@@ -95,6 +95,7 @@ class Velo(PerParameterRule):
         params: Params,
         grads: Params,
         loss: Tensor,
+        decays: Decays | None = None,
         statistics: Tensor | None = None,
     ) -> tuple[Network, State]:
         """``statistics``: the ``tensor_statistics``, where this process has only parts of the tensors."""
@@ -113,7 +114,7 @@ class Velo(PerParameterRule):
         for kind, rows in zip(LSTM_STATE, (hidden, cell), strict=True):
             new_state |= recurrent.per_tensor(kind, params, rows)
         weights, biases = _mixed(theta, recurrent.linear(hidden, theta["controls.w"], theta["controls.b"]))
-        return Network(weights, biases, fixed_decays(loss.device), STEP_MULT * step_size), new_state
+        return Network(weights, biases, decays or self.decays(theta), STEP_MULT * step_size), new_state
 
     def _inputs(self, state: State, losses: State, params: Params, statistics: Tensor) -> Tensor:
         """What the LSTM sees of every tensor: (P, T, 30), in the original's order (by name).

@@ -8,9 +8,9 @@ knows what the losses are for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from itertools import groupby
+from itertools import groupby, islice, pairwise
 from typing import Protocol
 
 import torch
@@ -71,11 +71,24 @@ class StepByStep:
         begin = {step: list(group) for step, group in groupby(starts, key=lambda start: start.step)}
         losses, data = [], self._batches(batches, steps)
         with kernels.reference() if self.name == "reference" else nullcontext():
-            for step in range(steps):
-                if step in begin:
-                    particles.begin(fresh(self.task, self.lopt, theta, begin[step], batches.device))
-                losses.append(self._step(theta, particles, next(data)))
+            for first, last in pairwise([*sorted({0, *begin}), steps]):
+                if first in begin:
+                    particles.begin(fresh(self.task, self.lopt, theta, begin[first], batches.device))
+                losses += self._segment(theta, particles, islice(data, last - first))
         return torch.stack(losses)
+
+    def _segment(self, theta: Theta, particles: Particles, batches: Iterable[Batch]) -> list[Tensor]:
+        """A step for each of ``batches``; no episode begins."""
+        losses = []
+        stepper = self.lopt.stepper(theta, particles.state, particles.params)
+        for batch in batches:
+            raw, grads, particles.task_state = self.losses_and_grads(
+                stepper.params, particles.task_state, both_sides(batch), particles.dynamic
+            )
+            stepper.step(grads, raw)
+            losses.append(self.task.normalizer(raw, particles.dynamic))
+        particles.params, particles.state = stepper.params, stepper.state
+        return losses
 
     def _batches(self, keys: Tensor, steps: int) -> Iterator[Batch]:
         """The batches of ``steps`` steps, as many drawn at once as are small together."""
@@ -87,16 +100,6 @@ class StepByStep:
                 yield {name: leaf.view(*block.shape, *leaf.shape[1:])[number] for name, leaf in drawn.items()}
             step += len(block)
             at_once = max(1, BLOCK_BYTES * len(block) // sum(leaf.nbytes for leaf in drawn.values()))
-
-    def _step(self, theta: Theta, particles: Particles, batch: Batch) -> Tensor:
-        raw, grads, task_state = self.losses_and_grads(
-            particles.params, particles.task_state, both_sides(batch), particles.dynamic
-        )
-        particles.params, particles.state = self.lopt.update_particles(
-            theta, particles.state, particles.params, grads, raw
-        )
-        particles.task_state = task_state
-        return self.task.normalizer(raw, particles.dynamic)
 
 
 def both_sides(one_side: Batch) -> Batch:

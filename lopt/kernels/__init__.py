@@ -31,6 +31,7 @@ __all__ = [
     "apply",
     "cpu",
     "gpu",
+    "on_cpu",
     "reference",
     "serves",
     "tensor_statistics",
@@ -57,13 +58,16 @@ def serves(rule: PerParameterRule, params: Params, weights: Sequence[Tensor]) ->
         and rule.columns in (SMALL_FC_COLUMNS, VELO_COLUMNS)
         and all(_is_plain(p) and p.dtype == torch.float32 for p in params.values())
         and all(_is_plain(weight) for weight in weights)
-        and (_on_cpu(params, weights[0].shape[-1]) or gpu.serves(params, weights[0].shape[-1]))
+        and (_serves_on_cpu(params, weights[0].shape[-1]) or gpu.serves(params, weights[0].shape[-1]))
     )
 
 
-def _on_cpu(params: Params, hidden: int) -> bool:
-    at_hand = hidden <= MAX_HIDDEN and cpu.library() is not None
-    return at_hand and all(p.device.type == "cpu" for p in params.values())
+def on_cpu(params: Params) -> bool:
+    return all(p.device.type == "cpu" for p in params.values())
+
+
+def _serves_on_cpu(params: Params, hidden: int) -> bool:
+    return hidden <= MAX_HIDDEN and cpu.library() is not None and on_cpu(params)
 
 
 def _on_gpu(params: Params) -> bool:

@@ -35,7 +35,7 @@ _POINTERS = (
     "p", "g", "m", "v", "outer", "inner", "p_out", "m_out", "v_out", "outer_out", "inner_out",
     "w0", "b0", "w1", "b1", "w2", "b2", "m_decay", "v_decay", "factored_decay", "axis_sums", "factors", "sums",
 )  # fmt: skip
-OF_NETWORK = _POINTERS.index("w0")
+OF_GRADS, OF_NETWORK = _POINTERS.index("g"), _POINTERS.index("w0")
 SLOT = np.dtype(
     [(name, np.uint64) for name in _POINTERS]
     + [(axis, np.int64) for axis in "aibjc"]
@@ -118,6 +118,22 @@ def apply(
     slots.run(UPDATE)
 
 
+class InPlace:
+    """One step after the other, in place: what a step does not change is looked up once.
+
+    Raises ``ValueError`` for parameters and accumulators that are not contiguous.
+    """
+
+    def __init__(self, rule: PerParameterRule, state: State, params: Params) -> None:
+        self._rule = rule
+        self._slots = _Slots(state, params, params, state, params)
+
+    def step(self, network: Network, grads: Params) -> None:
+        self._slots.set_grads(grads)
+        self._slots.set_network(self._rule, network, 1.0, 0.0)
+        self._slots.run(UPDATE)
+
+
 def moments(state: State, params: Params) -> Tensor:
     """Mean square of p, means of m (3) and v, and variances of m (3) and v, over each tensor: float64 (P, T, 9)."""
     slots = _Slots(state, params, params, state, params)
@@ -134,6 +150,8 @@ class _Slots:
         self._rule = _Rule()
         self._threads = torch.get_num_threads() if sum(p.numel() for p in params.values()) > SERIAL_BELOW else 1
         self._alive: list[Tensor] = []
+        self._grads: list[Tensor] = []
+        self._network: dict[int, tuple[int, int, int]] = {}
         addresses = []
         for name, geometry in zip(params, frame.geometries, strict=True):
             m, v, outer, inner = f"m/{name}", f"v/{name}", f"{geometry.outer}/{name}", f"{geometry.inner}/{name}"
@@ -153,6 +171,12 @@ class _Slots:
         self._words[..., len(_POINTERS) - 3 : len(_POINTERS) - 1] += np.uint64(self._vectors.data_ptr())
         self._words[..., len(_POINTERS) - 1] += np.uint64(self.sums.data_ptr())
 
+    def set_grads(self, grads: Params) -> None:
+        """Gradients (P, *s) in the order of the parameters."""
+        self._grads = [g if g.is_contiguous() else g.contiguous() for g in grads.values()]
+        addresses = np.array([g.data_ptr() for g in self._grads], dtype=np.uint64)
+        self._words[..., OF_GRADS] = self._frame.words[..., OF_GRADS] + addresses
+
     def set_network(
         self,
         rule: PerParameterRule,
@@ -163,13 +187,18 @@ class _Slots:
         """What the rule does with every tensor in this step."""
         layers = [x for pair in zip(network.weights, network.biases, strict=True) for x in pair]
         dimensions = [3, 2] * 3 + [2] * 3
+        alive = []
         for column, (x, shared) in enumerate(zip((*layers, *network.decays), dimensions, strict=True), OF_NETWORK):
             x = x if x[0].is_contiguous() else x.contiguous()
-            self._alive.append(x)
+            alive.append(x)
             base, stride = _pointer(x)
             per_tensor = x.stride(1) * 4 if x.ndim > shared else 0
+            if self._network.get(column) == (base, stride, per_tensor):
+                continue
+            self._network[column] = base, stride, per_tensor
             offsets = self._frame.tensors * np.uint64(per_tensor)
             self._words[..., column] = base + self._frame.particles * np.uint64(stride) + offsets
+        self._of_network = alive
         floats = self._words.view(np.float32)
         floats[..., -4] = (network.factor if network.factor.ndim == 2 else network.factor.unsqueeze(1)).numpy()
         floats[..., -3] = lr
