@@ -109,13 +109,20 @@ class Recorded(Compiled):
 
 def recorded(rule: lopt.LearnedOptimizer) -> lopt.LearnedOptimizer:
     """The rule, whose updates a profile can tell from the rest."""
-    update = rule.update_particles
+    start = rule.stepper
 
-    def update_particles(*inputs: Any) -> Any:
-        with torch.profiler.record_function("paceline::update"):
-            return update(*inputs)
+    def stepper(*given: Any) -> lopt.base.Stepper:
+        found = start(*given)
+        step = found.step
 
-    rule.update_particles = update_particles  # type: ignore[method-assign]
+        def recorded_step(*inputs: Any) -> None:
+            with torch.profiler.record_function("paceline::update"):
+                step(*inputs)
+
+        found.step = recorded_step  # type: ignore[method-assign]
+        return found
+
+    rule.stepper = stepper  # type: ignore[method-assign]
     return rule
 
 

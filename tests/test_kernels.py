@@ -62,6 +62,26 @@ def train(rule, theta, params, grads):
     return params, state
 
 
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_kernels), False])
+def test_a_stepper_takes_the_steps_of_the_rule_and_leaves_alone_what_it_was_given(name, kernel):
+    rule = RULES[name]()
+    theta, params, grads = problem(rule, [(6, 4), (4,), (), (3, 3, 2, 5), (70, 10)])
+    state = rule.init_particles(theta, params, torch.tensor([50, 70]))
+    given = {key: leaf.clone() for key, leaf in (params | state).items()}
+    with nullcontext() if kernel else kernels.reference():
+        expected_params, expected_state = train(rule, theta, params, grads)
+        stepper = rule.stepper(theta, state, params)
+        for t, g in enumerate(grads):
+            if kernel:  # which must find its way in any layout; the reference would round differently
+                g = {key: leaf.mT.contiguous().mT if leaf.ndim == 3 else leaf for key, leaf in g.items()}
+            stepper.step(g, torch.tensor([1.0, 2.0]) / (t + 1))
+    for found, expected in ((stepper.params, expected_params), (stepper.state, expected_state)):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], leaf) for key, leaf in expected.items())
+    assert all(torch.equal((params | state)[key], leaf) for key, leaf in given.items())
+
+
 def assert_same(found, expected, start, what=""):
     """Displacements agree to float32's rounding of the parameters and a little more."""
     for name, p in expected.items():

@@ -161,7 +161,7 @@ static void item_apply(const Rule& rule, const Slot& s, const Place& at) {
       store(to[0] + half * kLanes, p - s.lr * (change + s.weight_decay * p));
     };
     if constexpr (kHidden <= 8) {
-      for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < 2 && half * kLanes < width; ++half) {
         // weights stay in memory, broadcast as they are used: whole vectors of each would be spilled and loaded
         asm volatile("" : : "r"(&net) : "memory");
         const Vec p = load(x[0] + half * kLanes);

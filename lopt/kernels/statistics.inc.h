@@ -139,7 +139,7 @@ static void item_sums(const Rule& rule, const Slot& s, const Place& at, double* 
   for_each_block<kFactored>(s, at, outer_index(s, at), [&](int64_t, const float* const* x, const float* outer,
                                                            const float* inner, int64_t, int64_t width, int64_t) {
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < 2 && half * kLanes < width; ++half) {
       Vec m[3], v, diag[3];
       if (width == kBlock) {
         columns<kClip, kFactored>(rule, d, x, outer, inner, half, m, v, diag,
