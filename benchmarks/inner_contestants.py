@@ -14,9 +14,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -28,7 +30,6 @@ from configs.checks import ConfigError
 from configs.schema import DataConfig
 from lopt import kernels
 from tasks import Datasets, Library, Task, generator, static_from_dict
-from tasks.base import LossesAndGrads
 from tasks.data.images import ImageDataset, Pixels
 from tasks.data.text import TextDataset
 from tasks.families.image_mlp import ImageMlp, ImageMlpTask
@@ -99,31 +100,28 @@ def perturbed(rule: lopt.LearnedOptimizer, n: int) -> lopt.base.Theta:
     return rule.spec.unflatten(torch.cat([flat + eps, flat - eps]), theta)
 
 
-class Recorded(Compiled):
-    """What a profile can tell from the rest."""
+@contextmanager
+def marked(rule: lopt.LearnedOptimizer) -> Iterator[None]:
+    """In it, a profile can tell the rule's updates and the compiled function from the rest."""
 
-    def __call__(self, *inputs: Any) -> LossesAndGrads:
-        with torch.profiler.record_function("compiled"):
-            return super().__call__(*inputs)
+    def mark(function: Callable[..., Any], label: str) -> Callable[..., Any]:
+        def with_label(*inputs: Any) -> Any:
+            with torch.profiler.record_function(label):
+                return function(*inputs)
 
-
-def recorded(rule: lopt.LearnedOptimizer) -> lopt.LearnedOptimizer:
-    """The rule, whose updates a profile can tell from the rest."""
-    start = rule.stepper
+        return with_label
 
     def stepper(*given: Any) -> lopt.base.Stepper:
         found = start(*given)
-        step = found.step
-
-        def recorded_step(*inputs: Any) -> None:
-            with torch.profiler.record_function("paceline::update"):
-                step(*inputs)
-
-        found.step = recorded_step  # type: ignore[method-assign]
+        found.step = mark(found.step, "paceline::update")  # type: ignore[method-assign]
         return found
 
-    rule.stepper = stepper  # type: ignore[method-assign]
-    return rule
+    start = rule.stepper
+    with (
+        patch.object(rule, "stepper", stepper),
+        patch.object(Compiled, "__call__", mark(Compiled.__call__, "compiled")),
+    ):
+        yield
 
 
 class Engine:
@@ -133,10 +131,8 @@ class Engine:
         start = time.perf_counter()
         task, rule, identity = contest(name)
         self.theta = perturbed(rule, particles // 2)
-        compiled = Recorded(task, identity)
-        self.unroll = Unroll(
-            task, recorded(rule), particles // 2, HORIZON, ("inner_loop",), path=path, compiled=compiled
-        )  # fmt: skip
+        compiled = Compiled(task, identity)
+        self.unroll = Unroll(task, rule, particles // 2, HORIZON, ("inner_loop",), path=path, compiled=compiled)
         self.particles, self.windows = self.unroll.start(), 0
         self.build_seconds = time.perf_counter() - start
         start = time.perf_counter()
@@ -160,7 +156,8 @@ class Engine:
 
     def shares(self) -> dict[str, float]:
         """Where the CPU time of a window goes, by torch's profiler; ``python`` is what no operator accounts for."""
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        cpu = [torch.profiler.ProfilerActivity.CPU]
+        with marked(self.unroll.lopt), torch.profiler.profile(activities=cpu) as profile:
             start = time.perf_counter()
             self.window()
             total = time.perf_counter() - start

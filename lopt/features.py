@@ -23,6 +23,7 @@ NORMALIZER_EPS = 1e-5
 STEP_MULT = 0.001
 EXP_MULT = 0.001
 TIMESCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)
+_TIMESCALES = torch.tensor(TIMESCALES)
 
 
 def columns(
@@ -135,7 +136,7 @@ def init_weights(spec: ThetaSpec, generator: torch.Generator) -> Theta:
 
 def time_features(iteration: Tensor) -> Tensor:
     """tanh(t / tau - 1) for 11 timescales: (P,) -> (P, 11)."""
-    scales = torch.tensor(TIMESCALES, device=iteration.device)
+    scales = _TIMESCALES.to(iteration.device)
     return torch.tanh(iteration.to(torch.float32).unsqueeze(-1) / scales - 1)
 
 

@@ -86,7 +86,10 @@ class Task(ABC):
 
     @abstractmethod
     def normalizer(self, loss: Tensor, dynamic: Dynamic = IDENTITY) -> Tensor:
-        """The meta-loss of each loss (P,) or (): at most ``worst_loss``, and exactly that where it is not finite."""
+        """The meta-loss of each loss (P,), (P, steps) or (): at most ``worst_loss``.
+
+        Exactly that where the loss is not finite.
+        """
 
     def batch(self, split: str, keys: Tensor) -> Batch:
         """For each of ``keys`` (n,) int64 a batch of the split, and the ``key`` (n,) of the model's own randomness."""

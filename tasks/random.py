@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -59,6 +60,12 @@ def keys(n: int, *key: int | str, device: torch.device | str = "cpu") -> Tensor:
 def fold(key: Tensor, tag: int | str) -> Tensor:
     """Keys of the shape of ``key`` for the purpose ``tag``, independent of those for any other purpose."""
     return _mix(_mix(key + _GAMMA) ^ tag_bits(tag))
+
+
+def fold_each(key: Tensor, tags: Sequence[int | str]) -> Tensor:
+    """``fold(key, tag)`` of every tag, one after the other: (len(tags), *key.shape)."""
+    each = torch.tensor([tag_bits(tag) for tag in tags], device=key.device)
+    return _mix(_mix(key + _GAMMA) ^ each.view(-1, *[1] * key.ndim))
 
 
 def bits(key: Tensor, count: int) -> Tensor:

@@ -94,16 +94,20 @@ def test_ddp_replicas_stay_bit_identical_and_equal_one_process_with_the_whole_ba
 
 
 def rounding(name):
-    """What a last digit of the loss does to one process: VeLO's loss features magnify it in the first steps."""
+    """What last digits of gradients and loss do to one process: rules magnify them in their first steps."""
     model = worker.network()
     start, whole = fitted(name)
     x, y = worker.batch()
     opt = worker.optimizer(name, model.parameters())
+    digit = torch.finfo(torch.float32).eps
+    signs = torch.Generator().manual_seed(0)
     for _ in range(8):
         opt.zero_grad()
         loss = (model(x) - y).square().mean()
         loss.backward()
-        opt.step(loss=loss * (1 + 1.2e-7))
+        for p in model.parameters():
+            p.grad *= 1 + digit * (2 * torch.randint(2, p.shape, generator=signs) - 1)
+        opt.step(loss=loss * (1 + digit))
     return max(errors(worker.weights(model), whole, start).values())
 
 

@@ -104,6 +104,13 @@ def test_folds_of_different_tags_and_keys_differ():
     assert folded.unique().numel() == folded.numel()
 
 
+def test_fold_each_is_fold_of_every_tag():
+    tags = [0, 7, -1, "examples", 2**40]
+    assert torch.equal(random.fold_each(KEYS, tags), torch.stack([random.fold(KEYS, tag) for tag in tags]))
+    by_pair = KEYS[:4].view(2, 2)
+    assert torch.equal(random.fold_each(by_pair, tags)[3], random.fold(by_pair, "examples"))
+
+
 def test_keys_depend_on_every_part():
     drawn = [random.keys(4, *key) for key in [(), (1,), ("1",), (1, 1), (11,), ("a", 1), (1, "a")]]
     assert torch.stack(drawn).unique().numel() == 4 * len(drawn)

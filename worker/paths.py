@@ -21,7 +21,7 @@ from lopt import kernels
 from lopt.base import LearnedOptimizer, Params, Theta
 from tasks import Batch, Dynamic, Task, TaskState
 from tasks.base import LossesAndGrads
-from tasks.random import fold
+from tasks.random import fold_each
 from worker import fused
 from worker.compiled import Compiled
 from worker.particles import Particles, Start, fresh
@@ -69,35 +69,39 @@ class StepByStep:
 
     def run(self, theta: Theta, particles: Particles, starts: list[Start], batches: Tensor, steps: int) -> Tensor:
         begin = {step: list(group) for step, group in groupby(starts, key=lambda start: start.step)}
-        losses, data = [], self._batches(batches, steps)
+        losses: list[Tensor] = []
+        data = self._batches(batches, steps)
         with kernels.reference() if self.name == "reference" else nullcontext():
             for first, last in pairwise([*sorted({0, *begin}), steps]):
                 if first in begin:
                     particles.begin(fresh(self.task, self.lopt, theta, begin[first], batches.device))
-                losses += self._segment(theta, particles, islice(data, last - first))
-        return torch.stack(losses)
+                if last > first:
+                    losses.append(self._segment(theta, particles, islice(data, last - first)))
+        return torch.cat(losses)
 
-    def _segment(self, theta: Theta, particles: Particles, batches: Iterable[Batch]) -> list[Tensor]:
-        """A step for each of ``batches``; no episode begins."""
+    def _segment(self, theta: Theta, particles: Particles, batches: Iterable[Batch]) -> Tensor:
+        """A step for each of ``batches``, in which no episode begins: meta-losses (number of batches, 2n)."""
         losses = []
         stepper = self.lopt.stepper(theta, particles.state, particles.params)
         for batch in batches:
             raw, grads, particles.task_state = self.losses_and_grads(
-                stepper.params, particles.task_state, both_sides(batch), particles.dynamic
+                stepper.params, particles.task_state, batch, particles.dynamic
             )
             stepper.step(grads, raw)
-            losses.append(self.task.normalizer(raw, particles.dynamic))
+            losses.append(raw)
         particles.params, particles.state = stepper.params, stepper.state
-        return losses
+        return self.task.normalizer(torch.stack(losses, 1), particles.dynamic).T
 
     def _batches(self, keys: Tensor, steps: int) -> Iterator[Batch]:
-        """The batches of ``steps`` steps, as many drawn at once as are small together."""
+        """The batches of ``steps`` steps, of both sides of the pairs, as many drawn at once as are small together."""
         step, at_once = 0, 1
         while step < steps:
-            block = torch.stack([fold(keys, number) for number in range(step, min(step + at_once, steps))])
+            block = fold_each(keys, range(step, min(step + at_once, steps)))
             drawn = self.task.batch("train", block.flatten())
-            for number in range(len(block)):
-                yield {name: leaf.view(*block.shape, *leaf.shape[1:])[number] for name, leaf in drawn.items()}
+            by_step = {name: leaf.view(*block.shape, *leaf.shape[1:]) for name, leaf in drawn.items()}
+            pairs = [torch.cat([leaf, leaf], 1).unbind() for leaf in by_step.values()]
+            for leaves in zip(*pairs, strict=True):
+                yield dict(zip(drawn, leaves, strict=True))
             step += len(block)
             at_once = max(1, BLOCK_BYTES * len(block) // sum(leaf.nbytes for leaf in drawn.values()))
 

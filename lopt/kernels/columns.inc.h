@@ -35,11 +35,19 @@ static Decay decays_of(const Rule& rule, const Slot& s) {
   return d;
 }
 
-// All columns of half a block, given to column(index, values), and its new accumulators. `outer` and `inner` are
-// Adafactor's factors, (3, kBlock) each. Inlined, so that what is done with a column happens in registers.
+// Adafactor's factors of a block: outer and inner, each (3, kBlock) with a stride between the decays.
+struct Factors {
+  const float *outer, *inner;
+  int64_t outer_stride, inner_stride;
+  Vec operator()(int k, int o) const { return load(outer + k * outer_stride + o) * load(inner + k * inner_stride + o); }
+};
+
+// All columns of half a block, given to column(index, values), and its new accumulators. Inlined, so that what is done
+// with a column happens in registers.
 template <bool kClip, bool kFactored, class Take>
-PACELINE_INLINE static inline void columns(const Rule& rule, const Decay& d, const float* const* x, const float* outer,
-                                    const float* inner, int half, Vec* m_new, Vec& v_new, Vec* diag_new, Take column) {
+PACELINE_INLINE static inline void columns(const Rule& rule, const Decay& d, const float* const* x,
+                                           const Factors& factors, int half, Vec* m_new, Vec& v_new, Vec* diag_new,
+                                           Take column) {
   const int o = half * kLanes;
   Vec g = load(x[1] + o);
   g = vmin(vmax(g, splat(-d.max_gradient)), splat(d.max_gradient));
@@ -56,7 +64,7 @@ PACELINE_INLINE static inline void columns(const Rule& rule, const Decay& d, con
     column(2 + k, m);
     column(6 + k, m * r);
     if (kFactored) {
-      const Vec f = load(outer + k * kBlock + o) * load(inner + k * kBlock + o);
+      const Vec f = factors(k, o);
       column(10 + k, g * f);
       column(13 + k, m * f);
     } else {
@@ -98,6 +106,28 @@ static inline void gather(const Slot& s, int64_t n, int64_t at, int64_t width, f
 static inline int64_t inner_size(const Slot& s) { return s.factored ? s.a * s.b * s.j * s.c : s.j; }
 static inline int64_t outer_size(const Slot& s) { return s.factored ? s.a * s.i * s.b * s.c : 0; }
 static inline int64_t run_length(const Slot& s) { return s.b * s.j * s.c; }
+
+// Short runs are worked on as one long one: a block then holds the ends of several, and no block is cut short but the
+// last. What depends on the run is spread over its elements.
+constexpr int64_t kShort = kSegment / kRows;
+static inline bool joined(const Slot& s) { return s.factored && s.b * s.c == 1 && s.j <= kShort; }
+static inline int64_t num_joined(const Slot& s, const Place& at) { return (at.last - at.first) * s.j; }
+using Table = std::unique_ptr<float[]>;  // not cleared, as a vector would be
+// Between rows of a table of joined runs: room for a last vector, and an odd number of vectors, so that rows do not
+// fall on the same lines of the cache.
+static inline int64_t joined_stride(const Slot& s, const Place& at) {
+  return ((num_joined(s, at) / kLanes + 3) | 1) * kLanes;
+}
+
+// out[run of the item, q] = combine(of the run, of q): one row of such a table. `inner` is read beyond its end.
+template <class Combine>
+static inline void join(const Slot& s, const Place& at, const float* outer, const float* inner, float* out,
+                        Combine combine) {
+  const int64_t runs = at.last - at.first, width = s.j;
+  for (int64_t run = 0; run < runs; ++run, out += width)  // each overwrites what the one before stored too much
+    for (int64_t q = 0; q < width; q += kLanes) store(out + q, combine(splat(outer[run]), load(inner + q)));
+}
+
 static inline int64_t num_blocks(const Place& at) { return (at.end - at.begin + kBlock - 1) / kBlock; }
 
 // Which value of an outer array (one per b and c of a run) belongs to each element of the segment, the same in all

@@ -151,7 +151,7 @@ class _Slots:
         self._threads = torch.get_num_threads() if sum(p.numel() for p in params.values()) > SERIAL_BELOW else 1
         self._alive: list[Tensor] = []
         self._grads: list[Tensor] = []
-        self._network: dict[int, tuple[int, int, int]] = {}
+        self._network: dict[int, Tensor] = {}
         addresses = []
         for name, geometry in zip(params, frame.geometries, strict=True):
             m, v, outer, inner = f"m/{name}", f"v/{name}", f"{geometry.outer}/{name}", f"{geometry.inner}/{name}"
@@ -187,18 +187,15 @@ class _Slots:
         """What the rule does with every tensor in this step."""
         layers = [x for pair in zip(network.weights, network.biases, strict=True) for x in pair]
         dimensions = [3, 2] * 3 + [2] * 3
-        alive = []
         for column, (x, shared) in enumerate(zip((*layers, *network.decays), dimensions, strict=True), OF_NETWORK):
+            if self._network.get(column) is x:
+                continue
             x = x if x[0].is_contiguous() else x.contiguous()
-            alive.append(x)
+            self._network[column] = x
             base, stride = _pointer(x)
             per_tensor = x.stride(1) * 4 if x.ndim > shared else 0
-            if self._network.get(column) == (base, stride, per_tensor):
-                continue
-            self._network[column] = base, stride, per_tensor
             offsets = self._frame.tensors * np.uint64(per_tensor)
             self._words[..., column] = base + self._frame.particles * np.uint64(stride) + offsets
-        self._of_network = alive
         floats = self._words.view(np.float32)
         floats[..., -4] = (network.factor if network.factor.ndim == 2 else network.factor.unsqueeze(1)).numpy()
         floats[..., -3] = lr

@@ -11,27 +11,32 @@ template <int kHidden, bool kClip, bool kFactored>
 static void fold(const Rule& rule, const Slot& s, Folded<kHidden, num_columns<kClip, kFactored>()>& net) {
   std::memset(&net, 0, sizeof net);
   const int H = rule.hidden;
+  const double counts[3] = {1 / s.sums[kCount], kFactored ? 1 / s.sums[kOuterCount] : 0,
+                            kFactored ? 1 / s.sums[kInnerCount] : 0};
   auto scale = [&](int sum, Sum counted) {
-    return rsqrt1(static_cast<float>(s.sums[sum] / s.sums[counted]) + kNormalizerEps);
+    return rsqrt1(static_cast<float>(s.sums[sum] * counts[counted - kCount]) + kNormalizerEps);
   };
   constexpr int full = kClip ? kFull : kBase;
   for (int f = 0; f < full; ++f) {
     const int row = kClip ? kFullColumns[f].row30 : kFullColumns[f].row28;
-    for (int h = 0; h < H; ++h) net.full[f][h] = s.w0[row * H + h] * scale(kFullColumns[f].sum, kCount);
+    const float by = scale(kFullColumns[f].sum, kCount);
+    for (int h = 0; h < H; ++h) net.full[f][h] = s.w0[row * H + h] * by;
   }
   const int first = kClip ? kRow30 : kRow28;
   for (int k = 0; k < 6; ++k) {  // three decays, raw and then rsqrt: w0 has rows row, col, row_rsqrt, col_rsqrt
     const float* row = s.w0 + (first + k % 3 + k / 3 * 6) * H;
     const float* col = row + 3 * H;
-    for (int h = 0; h < H; ++h) {
-      if (kFactored) {
-        const float* outer = s.row_is_outer ? row : col;
-        const float* inner = s.row_is_outer ? col : row;
-        net.row[k][h] = outer[h] * scale(kOuter + k, kOuterCount);
-        net.col[k][h] = inner[h] * scale(kInner + k, kInnerCount);
-      } else {
-        net.full[full + k][h] = (row[h] + col[h]) * scale(kInner + k, kCount);
+    if (kFactored) {
+      const float* outer = s.row_is_outer ? row : col;
+      const float* inner = s.row_is_outer ? col : row;
+      const float of_outer = scale(kOuter + k, kOuterCount), of_inner = scale(kInner + k, kInnerCount);
+      for (int h = 0; h < H; ++h) {
+        net.row[k][h] = outer[h] * of_outer;
+        net.col[k][h] = inner[h] * of_inner;
       }
+    } else {
+      const float by = scale(kInner + k, kCount);
+      for (int h = 0; h < H; ++h) net.full[full + k][h] = (row[h] + col[h]) * by;
     }
   }
   for (int h = 0; h < H; ++h) {
@@ -82,20 +87,38 @@ PACELINE_INLINE static inline void first_layer(const Net& net, const Vec (*x)[2]
   }
 }
 
-// The first layer's part of one array of accumulators: values and rsqrt of values, (3, ...) with `stride` between.
+// The first layer's part of `size` accumulators, (3, size) with `stride` between: of the values and of their rsqrt.
+// Writes (kHidden, size), whole vectors.
 template <int kHidden>
-static inline void first_layer_part(const float* values, int64_t stride, const float (*w)[kHidden], float* out,
-                                    int64_t out_stride) {
-  float x[6];
-  for (int k = 0; k < kDecays; ++k) {
-    x[k] = values[k * stride];
-    x[k + 3] = rsqrt1(values[k * stride] + 1e-8f);
+static inline void first_layer_part(const float* values, int64_t stride, int64_t size, const float (*w)[kHidden],
+                                    float* out, int64_t out_stride) {
+  for (int64_t q = 0; q < size; q += kLanes) {
+    Vec x[6];
+    for (int k = 0; k < kDecays; ++k) {
+      x[k] = load_first(values + k * stride + q, size - q);
+      x[k + 3] = rsqrt(x[k] + 1e-8f);
+    }
+    for (int h = 0; h < kHidden; ++h) {
+      Vec sum = {};
+      for (int k = 0; k < 6; ++k) sum += x[k] * w[k][h];
+      store(out + h * out_stride + q, sum);
+    }
   }
-  for (int h = 0; h < kHidden; ++h) {
-    float sum = 0;
-    for (int k = 0; k < 6; ++k) sum += x[k] * w[k][h];
-    out[h * out_stride] = sum;
-  }
+}
+
+// The same of both arrays for every element of joined runs, (kHidden, elements) with joined_stride() between.
+template <int kHidden, class Net>
+static Table joined_first_layer(const Net& net, const Slot& s, const Place& at) {
+  constexpr int64_t kPadded = kShort + kLanes;
+  alignas(64) float outer[kHidden * kRows], inner[kHidden * kPadded];
+  first_layer_part<kHidden>(s.outer_out + at.a * s.i + at.first, outer_size(s), at.last - at.first, net.row, outer,
+                            kRows);
+  first_layer_part<kHidden>(s.inner_out + at.a * s.j, inner_size(s), s.j, net.col, inner, kPadded);
+  const int64_t stride = joined_stride(s, at);
+  Table out(new float[kHidden * stride]);
+  for (int h = 0; h < kHidden; ++h)
+    join(s, at, outer + h * kRows, inner + h * kPadded, out.get() + h * stride, [](Vec x, Vec y) { return x + y; });
+  return out;
 }
 
 template <int kHidden, bool kClip, bool kFactored>
@@ -103,49 +126,53 @@ static void item_apply(const Rule& rule, const Slot& s, const Place& at) {
   constexpr int kColumns = num_columns<kClip, kFactored>();
   Folded<kHidden, kColumns> net;  // not thread-local: finding that again would cost a call per block
   const std::vector<int32_t> index = outer_index(s, at);
-  std::vector<float> per_place, per_element;
+  Table per_place;
+  std::vector<float> per_element, part;
   fold<kHidden, kClip, kFactored>(rule, s, net);
   const Decay d = decays_of(rule, s);
   const int64_t n = s.a * s.i * run_length(s), ou = outer_size(s), in = inner_size(s), bc = s.b * s.c;
   const bool wide = kFactored && bc > 1;
   float per_run[kHidden];
   std::memcpy(per_run, net.b0, sizeof per_run);
-  if (kFactored) {
-    per_place.assign(num_blocks(at) * kHidden * kBlock, 0.0f);
-    for (int64_t e = at.begin; e < at.end; ++e) {
-      const int64_t q = e - at.begin;
-      first_layer_part<kHidden>(s.inner_out + at.a * run_length(s) + e, in, net.col,
-                                per_place.data() + q / kBlock * kHidden * kBlock + q % kBlock, kBlock);
-    }
-    if (wide) per_element.assign(per_place.size(), 0.0f);
+  const bool is_joined = kFactored && joined(s);
+  const int64_t place_stride = is_joined ? joined_stride(s, at) : kBlock;
+  if (is_joined) {
+    per_place = joined_first_layer<kHidden>(net, s, at);
+  } else if (kFactored) {
+    per_place.reset(new float[num_blocks(at) * kHidden * kBlock]);
+    for (int64_t e = at.begin; e < at.end; e += kBlock)
+      first_layer_part<kHidden>(s.inner_out + at.a * run_length(s) + e, in, std::min<int64_t>(kBlock, at.end - e),
+                                net.col, per_place.get() + (e - at.begin) * kHidden, kBlock);
+    if (wide) per_element.assign(num_blocks(at) * kHidden * kBlock, 0.0f);
   }
   float step = s.step;
   if (rule.parameter_scaled) step *= std::sqrt(static_cast<float>(s.sums[kP] / s.sums[kCount]) + 1e-9f);
   int64_t current = -1;
-  for_each_block<kFactored>(s, at, index, [&](int64_t b, const float* const* x, const float* outer, const float* inner,
+  for_each_block<kFactored>(s, at, index, [&](int64_t b, const float* const* x, const Factors& factors,
                                               int64_t position, int64_t width, int64_t run) {
     if (kFactored && run != current) {
       current = run;
       const float* values = s.outer_out + (at.a * s.i + run) * bc;
       if (wide) {
-        std::vector<float> part(bc * kHidden);
-        for (int64_t q = 0; q < bc; ++q)
-          first_layer_part<kHidden>(values + q, ou, net.row, part.data() + q, bc);
-        spread(index, kHidden, part.data(), bc, per_element.data());
+        const int64_t stride = bc + kLanes;
+        part.resize(stride * kHidden);
+        first_layer_part<kHidden>(values, ou, bc, net.row, part.data(), stride);
+        spread(index, kHidden, part.data(), stride, per_element.data());
       } else {
-        first_layer_part<kHidden>(values, ou, net.row, per_run, 1);
-        for (int h = 0; h < kHidden; ++h) per_run[h] += net.b0[h];
+        float one[kHidden * kLanes];
+        first_layer_part<kHidden>(values, ou, 1, net.row, one, kLanes);
+        for (int h = 0; h < kHidden; ++h) per_run[h] = one[h * kLanes] + net.b0[h];
       }
     }
     float* to[kInputs] = {s.p_out, nullptr, s.m_out, s.m_out + n, s.m_out + 2 * n, s.v_out,
                           s.inner_out, s.inner_out + n, s.inner_out + 2 * n};
     alignas(64) float cut[kInputs][kBlock];
     for (int k = 0; k < kInputs; ++k) to[k] = width == kBlock ? to[k] + position : cut[k];
-    const float* place = kFactored ? per_place.data() + b * kHidden * kBlock : nullptr;
+    const float* place = kFactored ? per_place.get() + b * kBlock * (is_joined ? 1 : kHidden) : nullptr;
     const float* element = wide ? per_element.data() + b * kHidden * kBlock : nullptr;
     const auto begin = [&](int h, int half) PACELINE_INLINE {
       Vec y = splat(per_run[h]);
-      if (kFactored) y += load(place + h * kBlock + half * kLanes);
+      if (kFactored) y += load(place + h * place_stride + half * kLanes);
       if (wide) y += load(element + h * kBlock + half * kLanes);
       return y;
     };
@@ -167,7 +194,7 @@ static void item_apply(const Rule& rule, const Slot& s, const Place& at) {
         const Vec p = load(x[0] + half * kLanes);
         Vec m[3], v, diag[3], h1[kHidden][1], out[2][1];
         for (int h = 0; h < kHidden; ++h) h1[h][0] = begin(h, half);
-        columns<kClip, kFactored>(rule, d, x, outer, inner, half, m, v, diag, [&](int f, Vec y) PACELINE_INLINE {
+        columns<kClip, kFactored>(rule, d, x, factors, half, m, v, diag, [&](int f, Vec y) PACELINE_INLINE {
 #pragma GCC unroll 8
           for (int h = 0; h < kHidden; ++h) h1[h][0] += y * net.full[f][h];
         });
@@ -181,7 +208,7 @@ static void item_apply(const Rule& rule, const Slot& s, const Place& at) {
       for (int half = 0; half < 2; ++half) {
         Vec m[3], v, diag[3];
         p[half] = load(x[0] + half * kLanes);
-        columns<kClip, kFactored>(rule, d, x, outer, inner, half, m, v, diag,
+        columns<kClip, kFactored>(rule, d, x, factors, half, m, v, diag,
                                   [&](int f, Vec y) PACELINE_INLINE { column[f][half] = y; });
         keep(half, m, v, diag);
       }

@@ -107,26 +107,51 @@ static void factors(const Rule& rule, Slot& s) {
   }
 }
 
-// Calls body(block, x, outer factors, inner factors, position, width, run) for every block of an item.
+// The product of both factors for every element of joined runs, (3, elements) with joined_stride() between.
+static Table joined_factors(const Slot& s, const Place& at) {
+  const int64_t stride = joined_stride(s, at);
+  Table out(new float[kDecays * stride]);
+  alignas(64) float inner[kShort + kLanes];
+  for (int k = 0; k < kDecays; ++k) {
+    std::memcpy(inner, s.factors + kDecays * outer_size(s) + k * inner_size(s) + at.a * s.j, sizeof(float) * s.j);
+    join(s, at, s.factors + k * outer_size(s) + at.a * s.i + at.first, inner, out.get() + k * stride,
+         [](Vec x, Vec y) { return x * y; });
+  }
+  return out;
+}
+
+// Calls body(block, x, factors, position, width, run) for every block of an item; the run of joined ones is -1.
 template <bool kFactored, class Body>
 static void for_each_block(const Slot& s, const Place& at, const std::vector<int32_t>& index, Body body) {
   std::vector<float> inner, outer;
   const int64_t blocks = num_blocks(at), length = run_length(s), n = s.a * s.i * length;
   const bool wide = kFactored && s.b * s.c > 1;
+  alignas(64) float copy[kInputs][kBlock];
+  const float* x[kInputs];
+  if (kFactored && joined(s)) {
+    const Table table = joined_factors(s, at);
+    alignas(64) float ones[kBlock];
+    std::fill(ones, ones + kBlock, 1.0f);
+    const int64_t size = num_joined(s, at), start = (at.a * s.i + at.first) * length;
+    for (int64_t b = 0; b * kBlock < size; ++b) {
+      const int64_t width = std::min<int64_t>(kBlock, size - b * kBlock);
+      gather<kFactored>(s, n, start + b * kBlock, width, copy, x);
+      body(b, x, Factors{table.get() + b * kBlock, ones, joined_stride(s, at), 0}, start + b * kBlock, width, -1);
+    }
+    return;
+  }
   if (kFactored) {
     inner_factors(s, at, inner);
     outer.assign((wide ? blocks : 1) * kDecays * kBlock, 0.0f);
   }
-  alignas(64) float copy[kInputs][kBlock];
-  const float* x[kInputs];
   for (int64_t run = at.first; run < at.last; ++run) {
     if (kFactored) outer_factors(s, at, run, index, outer);
     const int64_t start = (at.a * s.i + run) * length + at.begin;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t width = std::min<int64_t>(kBlock, at.end - at.begin - b * kBlock);
       gather<kFactored>(s, n, start + b * kBlock, width, copy, x);
-      body(b, x, outer.data() + (wide ? b * kDecays * kBlock : 0), inner.data() + b * kDecays * kBlock,
-           start + b * kBlock, width, run);
+      const float* of_run = outer.data() + (wide ? b * kDecays * kBlock : 0);
+      body(b, x, Factors{of_run, inner.data() + b * kDecays * kBlock, kBlock, kBlock}, start + b * kBlock, width, run);
     }
   }
 }
@@ -136,20 +161,18 @@ static void item_sums(const Rule& rule, const Slot& s, const Place& at, double* 
   constexpr int kColumns = num_columns<kClip, kFactored>();
   const Decay d = decays_of(rule, s);
   Vec lanes[kColumns] = {};
-  for_each_block<kFactored>(s, at, outer_index(s, at), [&](int64_t, const float* const* x, const float* outer,
-                                                           const float* inner, int64_t, int64_t width, int64_t) {
+  for_each_block<kFactored>(s, at, outer_index(s, at), [&](int64_t, const float* const* x,
+                                                           const Factors& factors, int64_t, int64_t width, int64_t) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2 && half * kLanes < width; ++half) {
       Vec m[3], v, diag[3];
       if (width == kBlock) {
-        columns<kClip, kFactored>(rule, d, x, outer, inner, half, m, v, diag,
+        columns<kClip, kFactored>(rule, d, x, factors, half, m, v, diag,
                                   [&](int f, Vec y) PACELINE_INLINE { lanes[f] += y * y; });
         continue;
       }
-      Vec counts = {};  // what lies beyond the end does not count
-      for (int l = 0; l < kLanes; ++l) counts[l] = half * kLanes + l < width ? 1.0f : 0.0f;
-      columns<kClip, kFactored>(rule, d, x, outer, inner, half, m, v, diag,
-                                [&](int f, Vec y) PACELINE_INLINE { lanes[f] += y * y * counts; });
+      columns<kClip, kFactored>(rule, d, x, factors, half, m, v, diag,
+                                [&](int f, Vec y) PACELINE_INLINE { lanes[f] += first(y * y, width - half * kLanes); });
     }
   });
   for (int f = 0; f < kColumns; ++f) {
@@ -161,10 +184,16 @@ static void item_sums(const Rule& rule, const Slot& s, const Place& at, double* 
 
 static void vector_sums(const float* values, int64_t size, double* raw, double* rsqrts) {
   for (int k = 0; k < kDecays; ++k)
-    for (int64_t q = 0; q < size; ++q) {
-      const double x = values[k * size + q], r = rsqrt1(values[k * size + q] + 1e-8f);
-      raw[k] += x * x;
-      rsqrts[k] += r * r;
+    for (int64_t begin = 0; begin < size; begin += kSegment) {
+      Vec squares = {}, inverses = {};
+      const int64_t end = std::min(begin + kSegment, size);
+      for (int64_t q = begin; q < end; q += kLanes) {
+        const Vec x = load_first(values + k * size + q, end - q), r = rsqrt(x + 1e-8f);
+        squares += x * x;
+        inverses += first(r * r, end - q);
+      }
+      raw[k] += total(squares);
+      rsqrts[k] += total(inverses);
     }
 }
 

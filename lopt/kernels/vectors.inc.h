@@ -7,6 +7,21 @@ static inline float lerp1(float old, float now, float w) { return old + w * (now
 static inline Vec splat(float x) { return x - Vec{}; }  // x - 0 is x, which the compiler knows; x + 0 is not for -0
 static inline Vec load(const float* x) { Vec r; std::memcpy(&r, x, sizeof r); return r; }
 static inline void store(float* x, Vec v) { std::memcpy(x, &v, sizeof v); }
+// The first n of a vector's numbers, 0 in place of the rest; what lies beyond them is not touched.
+static inline Vec load_first(const float* x, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16) return n < kLanes ? Vec(_mm512_maskz_loadu_ps((1u << n) - 1, x)) : load(x);
+#endif
+  Vec r = {};
+  std::memcpy(&r, x, sizeof(float) * std::min<int64_t>(n, kLanes));
+  return r;
+}
+static inline Vec first(Vec x, int64_t n) {  // the same of a vector in a register
+  constexpr int32_t kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  Int lane;
+  std::memcpy(&lane, kLane, sizeof lane);
+  return lane < static_cast<int32_t>(std::min<int64_t>(n, kLanes)) ? x : Vec{};
+}
 static inline Vec vmax(Vec a, Vec b) { return a < b ? b : a; }   // keeps a NaN in a
 static inline Vec vmin(Vec a, Vec b) { return a > b ? b : a; }
 static inline Vec relu(Vec x) { return x < 0.0f ? Vec{} : x; }
