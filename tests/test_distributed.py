@@ -94,20 +94,20 @@ def test_ddp_replicas_stay_bit_identical_and_equal_one_process_with_the_whole_ba
 
 
 def rounding(name):
-    """What last digits of gradients and loss do to one process: rules magnify them in their first steps."""
+    """What summing over one half of the batch after the other, and a last digit of the loss, do to one process.
+
+    Rules magnify it in their first steps.
+    """
     model = worker.network()
     start, whole = fitted(name)
-    x, y = worker.batch()
+    halves = list(zip(*(part.chunk(2) for part in worker.batch()), strict=True))
     opt = worker.optimizer(name, model.parameters())
-    digit = torch.finfo(torch.float32).eps
-    signs = torch.Generator().manual_seed(0)
     for _ in range(8):
         opt.zero_grad()
-        loss = (model(x) - y).square().mean()
-        loss.backward()
-        for p in model.parameters():
-            p.grad *= 1 + digit * (2 * torch.randint(2, p.shape, generator=signs) - 1)
-        opt.step(loss=loss * (1 + digit))
+        losses = [(model(x) - y).square().mean() / 2 for x, y in halves]
+        for loss in losses:
+            loss.backward()
+        opt.step(loss=sum(losses) * (1 + torch.finfo(torch.float32).eps))
     return max(errors(worker.weights(model), whole, start).values())
 
 
